@@ -45,6 +45,17 @@ _BARE = {
     (8, 23): Special.IEEE,
 }
 _ALIASES = {(5, 10): "f16", (8, 7): "bf16", (8, 23): "f32"}
+# (exp, man, special, signed) -> the torch dtype with exactly these codes.
+_TORCH = {
+    (4, 3, Special.FN, True): "float8_e4m3fn",
+    (5, 2, Special.IEEE, True): "float8_e5m2",
+    (4, 3, Special.FNUZ, True): "float8_e4m3fnuz",
+    (5, 2, Special.FNUZ, True): "float8_e5m2fnuz",
+    (8, 0, Special.SCALE, False): "float8_e8m0fnu",
+    (5, 10, Special.IEEE, True): "float16",
+    (8, 7, Special.IEEE, True): "bfloat16",
+    (8, 23, Special.IEEE, True): "float32",
+}
 _FLOAT = re.compile(r"(u?)e(\d+)m(\d+)(all|fnuz|fn|ieee|scale)?(?:b(-?\d+))?")
 _INT = re.compile(r"int(\d+)(full)?")
 
@@ -65,6 +76,7 @@ class Float:
     special: Special = Special.FINITE
     signed: bool = True
     bias: int | None = None  # None means the usual bias; always an int after construction
+    torch_dtype: torch.dtype | None = field(init=False, repr=False, compare=False, default=None)  # same codes, or None
 
     def __post_init__(self) -> None:
         if self.exp < 1 or self.man < 0 or self.exp + self.man < 2 or self.bits > 32 or self.exp > 8:
@@ -75,8 +87,13 @@ class Float:
             raise FormatError("an IEEE-like format needs at least 2 exponent bits")
         if self.special is Special.FNUZ and not self.signed:
             raise FormatError("FNUZ spends the code of negative zero on NaN, so it must be signed")
+        usual = _default_bias(self.exp, self.special)
         if self.bias is None:
-            object.__setattr__(self, "bias", _default_bias(self.exp, self.special))
+            object.__setattr__(self, "bias", usual)
+        if self.bias == usual:
+            name = _TORCH.get((self.exp, self.man, self.special, self.signed))
+            # Kept, not computed: kernels that read it are traced by a compiler that cannot follow a look-up.
+            object.__setattr__(self, "torch_dtype", getattr(torch, name, None) if name else None)
 
     @property
     def bits(self) -> int:
@@ -145,12 +162,6 @@ class Float:
             raise FormatError(f"{self} has too many values to list")
         return _values(self)
 
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The torch dtype with exactly these codes, or None."""
-        name = _TORCH.get(str(self))
-        return getattr(torch, name, None) if name else None
-
     def __str__(self) -> str:
         if self.signed and self == Float(self.exp, self.man, _BARE.get((self.exp, self.man), Special.FINITE)):
             return _ALIASES.get((self.exp, self.man), f"e{self.exp}m{self.man}")
@@ -177,18 +188,6 @@ class Float:
 @functools.lru_cache(maxsize=64)
 def _values(fmt: Float) -> tuple[float, ...]:
     return tuple(fmt.decode(code) for code in range(1 << fmt.bits))
-
-
-_TORCH = {
-    "e4m3": "float8_e4m3fn",
-    "e5m2": "float8_e5m2",
-    "e4m3fnuz": "float8_e4m3fnuz",
-    "e5m2fnuz": "float8_e5m2fnuz",
-    "e8m0": "float8_e8m0fnu",
-    "f16": "float16",
-    "bf16": "bfloat16",
-    "f32": "float32",
-}
 
 
 @dataclass(frozen=True)
@@ -345,8 +344,10 @@ class Quant:
     rule: Rule = Rule.ABSMAX
     rounding: Rounding = Rounding.RTNE
     clip: float = 1.0
+    quest_clip: float | None = field(init=False, repr=False, compare=False, default=None)  # half range in RMS units
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "quest_clip", QUEST_CLIP.get(str(self.elem)))
         if self.scale == E8M0 and self.rule not in _POW2_RULES:
             raise FormatError(f"an e8m0 scale needs a power-of-two rule ({', '.join(_POW2_RULES)}), not {self.rule}")
         if self.scale not in (F32, E8M0, E4M3):
@@ -357,7 +358,7 @@ class Quant:
             raise FormatError("two-level scaling takes an f32 outer scale and the rule absmax or 4over6")
         if self.rule is Rule.FOUR_SIX and (self.elem != E2M1 or self.outer is None):
             raise FormatError("4over6 chooses between the codes 4 and 6 of e2m1 under a two-level scale")
-        if self.rule in (Rule.QUEST, Rule.QUEST_PAPER) and str(self.elem) not in QUEST_CLIP:
+        if self.rule in (Rule.QUEST, Rule.QUEST_PAPER) and self.quest_clip is None:
             raise FormatError(f"no QuEST constant for {self.elem}; known: {', '.join(QUEST_CLIP)}")
         if self.rule in (Rule.FLOOR, Rule.MATCHED) and isinstance(self.elem, Int):
             raise FormatError(f"rule {self.rule} needs a float element, not {self.elem}")
@@ -406,8 +407,8 @@ class Quant:
 
     @property
     def scale_storage(self) -> torch.dtype:
-        """Dtype of the stored block scales."""
-        dtype = self.scale.torch_dtype
+        """Dtype of the stored block scales (E8M0 as its byte: few kernels know torch's dtype for it)."""
+        dtype = torch.uint8 if self.scale == E8M0 else self.scale.torch_dtype
         assert dtype is not None, self.scale
         return dtype
 

@@ -10,14 +10,16 @@ that it reaches the output; padding of a block never touches an amax.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lpcompile.errors import FormatError
-from lpcompile.formats import E8M0, F32, QUEST_CLIP, Block, Elem, Float, Int, Quant, Rounding, Rule, Special
+from lpcompile.formats import E8M0, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
 
 _BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
 _SQRT2_MANTISSA = 0x3504F3  # FP32 mantissa just below sqrt(2): above it, the nearest power of two is the next one
@@ -133,23 +135,24 @@ class Quantized:
         return Quantized(**dict(zip(quant.parts, parts, strict=True)))
 
 
-def _blocked(x: Tensor, rows: int, cols: int) -> Tensor:
-    """[..., R, C] as [..., R/rows, rows, C/cols, cols], zero-padded where a block does not divide."""
-    rows, cols = rows or max(x.shape[-2], 1), cols or max(x.shape[-1], 1)
-    pad_rows, pad_cols = -x.shape[-2] % rows, -x.shape[-1] % cols
-    if pad_rows or pad_cols:
-        x = F.pad(x, (0, pad_cols, 0, pad_rows))
-    return x.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows))
+def to_blocks(x: Tensor, rows: int, cols: int) -> Tensor:
+    """[..., R, C] as [B, R/rows, rows, C/cols, cols], zero-padded where a block does not divide (0: the whole axis)."""
+    if rows and x.shape[-2] % rows:
+        x = F.pad(x, (0, 0, 0, rows - x.shape[-2] % rows))
+    if cols and x.shape[-1] % cols:
+        x = F.pad(x, (0, cols - x.shape[-1] % cols))
+    rows, cols = rows or x.shape[-2], cols or x.shape[-1]
+    return x.reshape(-1, x.shape[-2] // rows, rows, x.shape[-1] // cols, cols)
 
 
-def _unblocked(blocks: Tensor, rows: int, cols: int) -> Tensor:
-    return blocks.flatten(-2).flatten(-3, -2)[..., :rows, :cols]
+def from_blocks(blocks: Tensor, batch: Sequence[int], rows: int, cols: int) -> Tensor:
+    """The inverse of `to_blocks`; `rows` and `cols` crop the padding."""
+    flat = blocks.flatten(-2).flatten(-3, -2)[..., :rows, :cols]
+    return flat.reshape(*batch, rows, cols)
 
 
 def amax(blocks: Tensor) -> Tensor:
-    """max |x| per block of a blocked tensor, kept dimensions; NaN if the block has one; 0 for an empty block."""
-    if blocks.numel() == 0:
-        return blocks.new_zeros([*blocks.shape[:-3], 1, blocks.shape[-2], 1])
+    """max |x| per block of a blocked tensor, kept dimensions; NaN if the block has one."""
     return blocks.abs().amax(dim=(-3, -1), keepdim=True)
 
 
@@ -162,10 +165,11 @@ def _block_scale(blocks: Tensor, quant: Quant) -> Tensor:
         if quant.rule is Rule.QUEST_PAPER:
             mean = blocks.sum(dim=(-3, -1), keepdim=True) / count
             power = torch.clamp(power - mean * mean, min=0.0)
-        spread = torch.sqrt(power) * (QUEST_CLIP[str(quant.elem)] / quant.target)
+        assert quant.quest_clip is not None
+        wanted = torch.sqrt(power) * (quant.quest_clip / quant.target)
         if quant.rule is Rule.QUEST_PAPER:
-            spread = torch.where(peak > 0, spread + 1e-8, 0.0)
-        return pow2_scale(spread, quant.rule) * (peak > 0)
+            wanted = wanted + 1e-8
+        return pow2_scale(wanted, quant.rule) * (peak > 0)
     if quant.rule in (Rule.FLOOR, Rule.MATCHED):
         assert isinstance(quant.elem, Float)
         return pow2_scale(peak, quant.rule, quant.elem.emax) * (peak > 0)
@@ -213,59 +217,119 @@ def _quantize_two_level(blocks: Tensor, quant: Quant, noise: Tensor | None) -> t
         return scale, outer, grid
     scale4, values4 = _two_level(blocks, quant, quant.target * (4.0 / 6.0), encode)
     grid4 = round_to_grid(values4, quant.elem, quant.rounding, noise)
-    decode = 1.0 / encode
+    factor = 1.0 / encode
+    # Summed in FP64: in FP32 the order of the sum, which is nobody's to promise, could decide between 4 and 6.
     error, error4 = (
-        (g * (s * decode) - blocks).square().sum(dim=(-3, -1), keepdim=True) for g, s in ((grid, scale), (grid4, scale4))
+        (g * (s * factor) - blocks).double().square().sum(dim=(-3, -1), keepdim=True)
+        for g, s in ((grid, scale), (grid4, scale4))
     )
     four = error4 < error
     return torch.where(four, scale4, scale), outer, torch.where(four, grid4, grid)
 
 
-def quantize(x: Tensor, quant: Quant, axis: int = -1, noise: Tensor | None = None) -> Quantized:
+def part_shapes(quant: Quant, axis: int, shape: Sequence[Any]) -> list[tuple[list[Any], torch.dtype]]:
+    """(shape, dtype) of each part of a quantisation of a tensor of `shape` (ints or SymInts)."""
+    block_rows, block_cols = quant.block.along(axis % 2)
+    *batch, rows, cols = shape
+    found: list[tuple[list[Any], torch.dtype]] = [
+        ([*batch, rows, (cols + 1) // 2 if quant.packed else cols], quant.storage),
+        ([*batch, _blocks(rows, block_rows), _blocks(cols, block_cols)], quant.scale_storage),
+    ]
+    if quant.has_outer:
+        found.append(([*batch, 1, 1], torch.float32))
+    if quant.masked:
+        found.append(([*batch, rows, (cols + 7) // 8], torch.uint8))
+    return found
+
+
+def _blocks(size: Any, block: int) -> Any:
+    if block <= 1:
+        return size if block else 1
+    return (size + block - 1) // block
+
+
+def quantize_blocks(blocks: Tensor, quant: Quant, noise: Tensor | None) -> list[Tensor]:
+    """The arithmetic of `quantize` on [B, R', r, C', c] blocks: codes, encoded scales, outer scale and mask, in blocks.
+
+    Two 4-bit codes share a byte, and eight mask bits, where a block row has a length that allows it; otherwise they come
+    one a byte and are packed when the padding is gone.
+    """
+    wide = blocks if blocks.dtype == torch.float64 and not quant.pow2 else blocks.to(torch.float32)
+    parts: list[Tensor] = []
+    mask = None
+    if quant.outer is not None:
+        scale, outer, grid = _quantize_two_level(wide, quant, noise)
+        parts.append(outer)
+    else:
+        scale, scaled = _one_level(wide, quant)
+        grid = round_to_grid(scaled, quant.elem, quant.rounding, noise)
+        if quant.masked:
+            mask = (scaled.abs() < quant.target).to(torch.uint8)
+        if quant.has_outer:
+            parts.append(torch.full_like(scale[:, :1, :, :1], 1.0 / quant.constant))
+    codes = to_codes(grid, quant.elem)
+    if quant.packed and blocks.shape[-1] % 2 == 0:
+        codes = pack_nibbles(codes)
+    if mask is not None:
+        parts.append(pack_bits(mask) if blocks.shape[-1] % 8 == 0 else mask)
+    return [codes, encode_scale(scale, quant), *parts]
+
+
+BlockKernel = Callable[[Tensor, Quant, "Tensor | None"], list[Tensor]]
+
+
+def quantize(
+    x: Tensor, quant: Quant, axis: int = -1, noise: Tensor | None = None, kernel: BlockKernel = quantize_blocks
+) -> Quantized:
     """Quantises the matrices of `x` [..., R, C] whose contraction is storage axis `axis` (0: rows, 1 or -1: columns).
 
     Returns codes [..., R, C] (packed along C where codes have 4 bits), block scales [..., R/r, C/c], the FP32 outer scale
     [..., 1, 1] of two-level and range-matched formats, and the packed clip mask [..., R, C/8] of QuEST.
-    noise: uniform [0, 1) of x's shape for stochastic rounding. Raises FormatError for complex or integer input.
+    noise: uniform [0, 1) of x's shape for stochastic rounding. kernel: what does the arithmetic on blocks.
+    Raises FormatError for complex or integer input.
     """
     if not x.is_floating_point():
         raise FormatError(f"quantize takes floating-point tensors, not {x.dtype}")
+    if x.numel() == 0:
+        shapes = part_shapes(quant, axis, x.shape)
+        return Quantized.of([x.new_ones(shape, dtype=dtype) for shape, dtype in shapes], quant)
     if quant.rounding.stochastic and noise is None:
         raise FormatError(f"{quant}: stochastic rounding needs noise of x's shape")
-    wide = x if x.dtype == torch.float64 and not quant.pow2 else x.to(torch.float32)
-    rows, cols = x.shape[-2:]
+    *batch, rows, cols = x.shape
     sizes = quant.block.along(axis % 2)
-    blocks = _blocked(wide, *sizes)
-    noise_blocks = _blocked(noise, *sizes) if noise is not None else None
-    outer = mask = None
-    if quant.outer is not None:
-        scale, outer, grid = _quantize_two_level(blocks, quant, noise_blocks)
-        outer = outer[..., 0, 0, :, 0]
-    else:
-        scale, scaled = _one_level(blocks, quant)
-        grid = round_to_grid(scaled, quant.elem, quant.rounding, noise_blocks)
-        if quant.masked:
-            mask = pack_bits(_unblocked((scaled.abs() < quant.target).to(torch.uint8), rows, cols))
-        if quant.has_outer:
-            outer = torch.full([*x.shape[:-2], 1, 1], 1.0 / quant.constant, dtype=torch.float32, device=x.device)
-    codes = to_codes(_unblocked(grid, rows, cols), quant.elem)
-    if quant.packed:
-        codes = pack_nibbles(codes)
-    return Quantized(codes.contiguous(), encode_scale(scale[..., 0, :, 0], quant), outer, mask)
+    blocks = to_blocks(x, *sizes)
+    codes, scale, *rest = kernel(blocks, quant, to_blocks(noise, *sizes) if noise is not None else None)
+    found = [
+        _pack(codes, quant.packed and codes.shape == blocks.shape, pack_nibbles, batch, rows, cols, 2 if quant.packed else 1),
+        scale[:, :, 0, :, 0].reshape(*batch, scale.shape[1], scale.shape[3]),
+    ]
+    if quant.has_outer:
+        found.append(rest[0].reshape(*batch, 1, 1))
+    if quant.masked:
+        found.append(_pack(rest[-1], rest[-1].shape == blocks.shape, pack_bits, batch, rows, cols, 8))
+    return Quantized.of(found, quant)
+
+
+def _pack(
+    part: Tensor, pending: bool, pack: Callable[[Tensor], Tensor], batch: list[int], rows: int, cols: int, per_byte: int
+) -> Tensor:
+    """A part in blocks as a matrix, packed now if it is not yet."""
+    if pending:
+        return pack(from_blocks(part, batch, rows, cols))
+    return from_blocks(part, batch, rows, -(-cols // per_byte)).contiguous()
 
 
 def encode_scale(scale: Tensor, quant: Quant) -> Tensor:
-    """Stored form of FP32 block scales; NaN stays NaN."""
+    """Stored form of FP32 block scales; NaN stays NaN. E8M0 comes as bytes: compilers know no such dtype yet."""
     if quant.scale == E8M0:
-        byte = scale.view(torch.int32) >> 23 & 0xFF
-        return byte.to(torch.uint8).view(torch.float8_e8m0fnu)
-    return scale.to(quant.scale_storage).contiguous()
+        return (scale.view(torch.int32) >> 23 & 0xFF).to(torch.uint8)
+    return scale.to(quant.scale_storage)
 
 
 def decode_scale(scale: Tensor) -> Tensor:
-    """FP32 value of stored block scales."""
-    if scale.dtype == torch.float8_e8m0fnu:
-        byte = scale.view(torch.uint8).to(torch.int32)
+    """FP32 value of stored block scales (E8M0 as bytes)."""
+    if scale.dtype == torch.uint8:
+        byte = scale.to(torch.int32)
         return torch.where(byte == 255, float("nan"), (byte << 23).view(torch.float32))
     return scale.to(torch.float32)
 
@@ -290,23 +354,36 @@ def code_values(codes: Tensor, quant: Quant, cols: int) -> Tensor:
     return from_codes(codes, quant.elem)
 
 
-def spread(scale: Tensor, rows: int, cols: int, quant: Quant, axis: int) -> Tensor:
-    """Block scales [..., R/r, C/c] repeated to [..., R, C] (sizes of 1 are left to broadcast)."""
-    block_rows, block_cols = quant.block.along(axis % 2)
-    if block_rows > 1:
-        scale = scale.repeat_interleave(block_rows, -2)[..., :rows, :]
-    if block_cols > 1:
-        scale = scale.repeat_interleave(block_cols, -1)[..., :cols]
-    return scale
+def scaled_blocks(codes: Tensor, scale: Tensor, quant: Quant) -> Tensor:
+    """FP32 code * scale of unpacked codes [B, R', r, C', c] and encoded scales [B, R', 1, C', 1]."""
+    return from_codes(codes, quant.elem) * decode_scale(scale)
+
+
+def unpacked(codes: Tensor, quant: Quant, cols: int) -> Tensor:
+    """Stored codes, one an element."""
+    return unpack_nibbles(codes, cols, isinstance(quant.elem, Int)) if quant.packed else codes
+
+
+DecodeKernel = Callable[[Tensor, Tensor, Quant], Tensor]
+
+
+def decode(
+    codes: Tensor, scale: Tensor, quant: Quant, axis: int, cols: int, kernel: DecodeKernel = scaled_blocks
+) -> Tensor:
+    """FP32 code * block scale [..., R, C] of stored codes and scales. `cols`: the unpacked size of the last axis."""
+    codes = unpacked(codes, quant, cols)
+    *batch, rows, cols = codes.shape
+    sizes = quant.block.along(axis % 2)
+    # Padding knows no FP8 dtype; a byte is a byte.
+    raw = codes.view(torch.uint8) if codes.element_size() == 1 else codes
+    blocks = to_blocks(raw, *sizes).view(codes.dtype)
+    scale = scale.reshape(blocks.shape[0], blocks.shape[1], 1, blocks.shape[3], 1)
+    return from_blocks(kernel(blocks, scale, quant), batch, rows, cols)
 
 
 def dequantize(q: Quantized, quant: Quant, axis: int, cols: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes * scale * outer, computed in FP32 in that order, rounded once to `dtype`."""
-    values = code_values(q.codes, quant, cols)
-    values = values * spread(decode_scale(q.scale), values.shape[-2], cols, quant, axis)
+    """codes * scale * outer, computed in FP32 in that order, rounded once to `dtype`. `cols`: unpacked last size."""
+    if q.codes.numel() == 0:
+        return q.codes.new_zeros([*q.codes.shape[:-1], cols], dtype=dtype)
+    values = decode(q.codes, q.scale, quant, axis, cols)
     return (values if q.outer is None else values * q.outer).to(dtype)
-
-
-def whole(block: Block) -> bool:
-    """True where one scale covers the whole contraction, so that it can wait for the epilogue."""
-    return block.cols == 0

@@ -1,0 +1,178 @@
+"""Plan, Step and the runner. The runner knows no pass: a pass is a plain function `(graph, plan) -> None`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from lpcompile.joint import Joint, Site, verify
+from lpcompile.recipe import Gemm, Options, Recipe, Role
+from lpcompile.target import Target
+
+Pass = Callable[[Graph, "Plan"], None]
+
+
+@dataclass
+class Decision:
+    """What becomes of one GEMM, and why. `gemm` is what the recipe asks for, None where it stays in high precision."""
+
+    key: str
+    fqn: str
+    role: Role | None
+    node: str
+    m: Any
+    n: Any
+    k: Any
+    converted: bool
+    reason: str
+    gemm: Gemm | None = None
+    site: Site | None = None
+    batch: Any = 1
+    dtype: torch.dtype | None = None
+    linear: bool = False
+
+
+@dataclass
+class Plan:
+    """Everything that the passes know besides the graph. `params`: parameter name by placeholder name."""
+
+    recipe: Recipe
+    options: Options
+    target: Target
+    params: Mapping[str, str] = field(default_factory=dict)
+    joint: Joint = field(default_factory=lambda: Joint([]))
+    decisions: list[Decision] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass with its name and the reason why it stands where it stands."""
+
+    name: str
+    run: Pass
+    reason: str = ""
+
+    @staticmethod
+    def of(entry: Any) -> Step:
+        """A Step, or a user's plain function under its own name."""
+        if isinstance(entry, Step):
+            return entry
+        return Step(getattr(entry, "__name__", type(entry).__name__), entry, inspect.getdoc(entry) or "")
+
+    @property
+    def digest(self) -> str:
+        """Changes with the pass's source, so that a compile cache never serves another version's result."""
+        try:
+            text = inspect.getsource(inspect.unwrap(self.run))
+        except (OSError, TypeError):
+            text = f"{getattr(self.run, '__module__', '')}.{getattr(self.run, '__qualname__', repr(self.run))}"
+        return hashlib.sha256(f"{self.name}\n{text}".encode()).hexdigest()
+
+
+@dataclass
+class Trace:
+    """What a pipeline did to one graph: the code before the first pass and after each one, and the final plan."""
+
+    plan: Plan
+    stages: list[tuple[str, str]] = field(default_factory=list)
+    saved: list[dict[str, Any]] = field(default_factory=list)
+    sqnr: dict[str, float] = field(default_factory=dict)
+
+    def graph_after(self, name: str) -> str:
+        """Readable code of the graph after the pass `name` ("input": before the first)."""
+        return dict(self.stages)[name]
+
+
+_CAPTURES: list[list[Trace]] = []
+
+
+@contextlib.contextmanager
+def capture() -> Iterator[list[Trace]]:
+    """Collects the Trace of every graph that is compiled inside; compile caches are bypassed so that none is missed."""
+    seen: list[Trace] = []
+    _CAPTURES.append(seen)
+    try:
+        yield seen
+    finally:
+        _CAPTURES.remove(seen)
+
+
+def capturing() -> bool:
+    return bool(_CAPTURES)
+
+
+def readable(graph: Graph) -> str:
+    """The graph as Python source."""
+    return graph.python_code("self").src
+
+
+def run(graph: Graph, steps: tuple[Step, ...], plan: Plan) -> Trace:
+    """Runs the steps in order; verifies after the last one, and after each one while somebody watches."""
+    trace = Trace(plan)
+    directory = os.environ.get("LPCOMPILE_DIR")
+    watched = capturing() or directory is not None
+    if watched:
+        trace.stages.append(("input", readable(graph)))
+        programs = [program(graph, "the traced graph")] if directory else []
+    for index, step in enumerate(steps):
+        step.run(graph, plan)
+        if watched or index == len(steps) - 1:
+            verify(graph, step.name)
+        if watched:
+            trace.stages.append((step.name, readable(graph)))
+            if directory:
+                programs.append(program(graph, f"after {step.name}: {step.reason}"))
+    for seen in _CAPTURES:
+        seen.append(trace)
+    if directory:
+        _write_artifacts(pathlib.Path(directory), trace, programs)
+    return trace
+
+
+def program(graph: Graph, title: str) -> str:
+    """The graph as a program that runs on random inputs of the traced shapes."""
+    lines = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            lines.append(f"        {_example(node)},")
+    body = graph.python_code("self").src
+    imports = "import torch\nfrom torch import device, inf, nan  # noqa: F401\nimport lpcompile.ops  # noqa: F401\n"
+    call = "def main():\n    args = [\n" + "\n".join(lines) + "\n    ]\n    for out in forward(None, *args):\n"
+    call += "        print(getattr(out, 'shape', out))\n\n\nif __name__ == '__main__':\n    main()\n"
+    return f'"""{title}"""\n{imports}\n{body}\n\n{call}'
+
+
+def _example(node: Node) -> str:
+    value = node.meta["val"]
+    if not isinstance(value, torch.Tensor):
+        return str(int(value))
+    shape = [int(s) for s in value.shape]
+    device = "cuda" if value.device.type == "cuda" else "cpu"
+    if value.dtype.is_floating_point:
+        return f"torch.randn({shape}, device='{device}').to({value.dtype})"
+    return f"torch.zeros({shape}, dtype={value.dtype}, device='{device}')"
+
+
+def _write_artifacts(root: pathlib.Path, trace: Trace, programs: list[str]) -> None:
+    digest = hashlib.sha256("".join(programs).encode()).hexdigest()[:12]
+    folder = root / f"{trace.plan.recipe.name}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, ((name, _), text) in enumerate(zip(trace.stages, programs, strict=True)):
+        # Written aside and renamed: a reader or a second process never sees half a file.
+        aside = folder / f".{os.getpid()}.{index}"
+        aside.write_text(text)
+        aside.replace(folder / f"{index:02d}_{name}.py")
+
+
+def as_graph(module_or_graph: Graph | GraphModule) -> Graph:
+    return module_or_graph.graph if isinstance(module_or_graph, GraphModule) else module_or_graph

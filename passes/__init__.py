@@ -1,0 +1,18 @@
+"""The compiler on one screen: graph -> graph passes, in order, each with the reason why it stands there."""
+
+from __future__ import annotations
+
+from lpcompile.passes.assign import assign
+from lpcompile.passes.canonicalize import canonicalize
+from lpcompile.passes.quantize import quantize
+from lpcompile.passes.save import save
+from lpcompile.pipeline import Step
+
+assert __name__ == "lpcompile.passes", "import it as lpcompile.passes, not as passes"
+
+PIPELINE = (
+    Step("canonicalize", canonicalize, "one node per view, so that sites and shared operands are found by identity"),
+    Step("assign", assign, "decide, for each GEMM, whether and how it is converted, and say why"),
+    Step("quantize", quantize, "operands become codes and scales, each once; GEMMs become scaled products"),
+    Step("save", save, "backward keeps codes and scales, and weights are quantised where they are read"),
+)

@@ -1,0 +1,112 @@
+"""The rewrite: each converted GEMM becomes a scaled product of two quantised operands.
+
+    y = mm(x, wT)        ->   xq = quantize(x, ..);  wq = quantize(w, ..);  y = scaled_mm(xq, wq)
+    y = addmm(b, x, wT)  ->   the same with the bias added in FP32 before the one rounding of the output
+
+An operand is quantised once per distinct Cast, whoever reads it: q, k and v share one, and so do forward and backward
+where the Cast is the same. What wgrad needs of the input is quantised in the forward pass, so that codes are saved.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from lpcompile import ops
+from lpcompile.joint import Operand, gemm_bias, gemm_operands, insert_call, is_backward
+from lpcompile.pipeline import Decision, Plan
+from lpcompile.recipe import Cast, Dot, DotOperand, Role
+
+assert __name__ == "lpcompile.passes.quantize", "import it as lpcompile.passes, not as passes"
+
+
+def quantize(graph: Graph, plan: Plan) -> None:
+    """Rewrites every converted GEMM, in graph order, so that a shared cast stands before its first reader."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    by_node = {d.node: d for d in plan.decisions if d.converted}
+    rewriter = _Rewriter(graph)
+    for node in sorted((n for n in order if n.name in by_node), key=lambda n: order[n]):
+        rewriter.rewrite(node, by_node[node.name])
+    graph.eliminate_dead_code()
+
+
+class _Rewriter:
+    """Holds the casts made so far, by (base, Cast)."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.casts: dict[tuple[Node, Cast], list[Node]] = {}
+
+    def rewrite(self, node: Node, decision: Decision) -> None:
+        assert decision.gemm is not None and decision.site is not None
+        site = decision.site
+        sides: list[tuple[list[Node], DotOperand]] = []
+        for position, value in enumerate(gemm_operands(node)):
+            operand = Operand.of(value)
+            quant = decision.gemm.b if self._is_b(operand, decision) else decision.gemm.a
+            if quant is None:
+                sides.append(([operand.node], DotOperand(None, operand.transposed)))
+                continue
+            # The contraction is the left operand's last axis and the right one's first, in storage order.
+            cast = Cast(quant, (1 - position) ^ int(operand.transposed))
+            # The input's copy for wgrad belongs to the forward pass: its codes are saved, not the tensor.
+            anchor = site.nodes[Role.FPROP] if operand.node is site.x.node else node
+            sides.append((self.cast(operand.node, cast, anchor, site.key), DotOperand(cast, operand.transposed)))
+        (left, left_operand), (right, right_operand) = sides
+        args = (
+            left,
+            right,
+            gemm_bias(node),
+            str(Dot(left_operand, right_operand)),
+            self._size(node, left_operand, right_operand),
+            node.meta["val"].dtype,
+        )
+        product = insert_call(self.graph, node, torch.ops.lowprec.scaled_mm.default, args)
+        product.meta["lowprec"] = {"site": site.key, "role": str(decision.role)}
+        node.replace_all_uses_with(product)
+
+    @staticmethod
+    def _is_b(operand: Operand, decision: Decision) -> bool:
+        """True for the operand that the recipe calls b: the weight in fprop and dgrad, the input in wgrad."""
+        assert decision.site is not None
+        other = decision.site.x if decision.role is Role.WGRAD else decision.site.w
+        return operand.node is other.node
+
+    def cast(self, base: Node, cast: Cast, anchor: Node, site: str) -> list[Node]:
+        """The parts of `base` under `cast`, made before `anchor` unless they exist."""
+        found = self.casts.get((base, cast))
+        if found is None:
+            call = insert_call(self.graph, anchor, torch.ops.lowprec.quantize.default, (base, str(cast)))
+            names = cast.quant.parts
+            found = []
+            for index, name in enumerate(names):
+                part = insert_call(self.graph, anchor, operator.getitem, (call, index))
+                part.meta["lowprec"] = {"site": site, "part": name, "cast": str(cast), "base": base.name}
+                found.append(part)
+            call.meta["lowprec"] = {"site": site, "cast": str(cast), "base": base.name}
+            self.casts[base, cast] = found
+        return found
+
+    def _size(self, node: Node, left: DotOperand, right: DotOperand) -> list[Any] | None:
+        """(M, N) where an outer axis is packed in pairs, so that its length cannot be read off the codes."""
+        loose = (left.cast is not None and left.cast.quant.packed and left.transposed) or (
+            right.cast is not None and right.cast.quant.packed and not right.transposed
+        )
+        if not loose:
+            return None
+        operands = gemm_operands(node)
+        return [self._length(operands[0], -2, node), self._length(operands[1], -1, node)]
+
+    def _length(self, operand: Node, dim: int, anchor: Node) -> Any:
+        size = operand.meta["val"].shape[dim]
+        if isinstance(size, int):
+            return size
+        rank = len(operand.meta["val"].shape)
+        return insert_call(self.graph, anchor, torch.ops.aten.sym_size.int, (operand, rank + dim))
+
+
+assert ops  # the lowprec:: operators must be registered before a graph can hold them
+assert is_backward
