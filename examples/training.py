@@ -120,14 +120,13 @@ def results_table(outcomes: Sequence[Outcome], title: str) -> Table:
     baseline = outcomes[0]
     table = Table(title=title)
     trained, had_before = bool(baseline.losses), baseline.before is not None
-    headings = ["run", *(["held-out before"] if had_before else []), "held-out loss", "gap"]
+    headings = ["run", *(["before"] if had_before else []), "held-out", "gap"]
     if trained:
-        headings += ["train loss", "gap", "ms/step", "ratio", "first step"]
+        headings += ["training", "gap", "ms/step", "ratio", "1st step"]
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "run" else "right")
+        table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for outcome in outcomes:
-        label = f"{outcome.name} (without us)" if outcome.name == BASELINE else outcome.name
-        row = [label, *([f"{outcome.before:.4f}"] if outcome.before is not None else [])]
+        row = [outcome.name, *([f"{outcome.before:.4f}"] if outcome.before is not None else [])]
         row += [f"{outcome.heldout:.4f}", _gap(outcome.heldout, baseline.heldout, outcome is baseline)]
         if trained:
             row += [
@@ -168,21 +167,22 @@ def plot_losses(outcomes: Sequence[Outcome], path: Path) -> None:
     """Left: each run's loss. Right: its distance from the first run on the same batches, where small gaps show."""
     from matplotlib.figure import Figure
 
-    window = max(1, len(outcomes[0].losses) // 20)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    curves, gaps = figure.subplots(1, 2)
+    baseline, *others = outcomes
+    window = max(1, len(baseline.losses) // 20)
+    steps = range(1, len(baseline.losses) + 1)
+    figure = Figure(figsize=(11 if others else 6, 4.2), layout="constrained")
+    panels = list(figure.subplots(1, 2 if others else 1, squeeze=False)[0])
+    panels[0].set(xlabel="step", ylabel="training loss", title="Training loss")
     for index, outcome in enumerate(outcomes):
-        steps = range(1, len(outcome.losses) + 1)
-        curves.plot(steps, _smooth(outcome.losses, window), label=outcome.name, color=f"C{index}", linewidth=1.5)
-        if index:
-            gap = [mine - theirs for mine, theirs in zip(outcome.losses, outcomes[0].losses, strict=True)]
-            gaps.plot(steps, _smooth(gap, window), label=outcome.name, color=f"C{index}", linewidth=1.5)
-    curves.set(xlabel="step", ylabel="training loss", title="Training loss")
-    gaps.set(
-        xlabel="step", ylabel=f"loss - loss of {outcomes[0].name}", title=f"Gap to {outcomes[0].name}, same batches"
-    )
-    gaps.axhline(0.0, color="gray", linewidth=0.8)
-    for axes in (curves, gaps):
+        panels[0].plot(steps, _smooth(outcome.losses, window), label=outcome.name, color=f"C{index}", linewidth=1.5)
+    if others:
+        title = f"Gap to {baseline.name}, same batches"
+        panels[1].set(xlabel="step", ylabel=f"loss - loss of {baseline.name}", title=title)
+        panels[1].axhline(0.0, color="gray", linewidth=0.8)
+    for index, outcome in enumerate(others, start=1):
+        gap = [mine - theirs for mine, theirs in zip(outcome.losses, baseline.losses, strict=True)]
+        panels[1].plot(steps, _smooth(gap, window), label=outcome.name, color=f"C{index}", linewidth=1.5)
+    for axes in panels:
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     figure.savefig(path, dpi=120)

@@ -25,7 +25,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from lpcompile import ops, pipeline
-from lpcompile.joint import clean_name
+from lpcompile.errors import OptionError, near_matches
+from lpcompile.joint import clean_name, parameter_of
 from lpcompile.passes import PIPELINE
 from lpcompile.pipeline import Plan, Step, Trace
 from lpcompile.recipe import Executor, Options, Recipe
@@ -58,6 +59,19 @@ def lowprec(
         compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=patches)
         return compiled
     return compiler.inductor(gm, example_inputs, patches)
+
+
+def pipeline_with(*passes: Any, after: str | None = None, before: str | None = None) -> tuple[Step, ...]:
+    """The standard pipeline with a user's own passes `(graph, plan) -> None` after or before the named step.
+
+    Default: at the end. Raises OptionError for an unknown step name.
+    """
+    names = [step.name for step in PIPELINE]
+    for name in (after, before):
+        if name is not None and name not in names:
+            raise OptionError(f"no step {name!r} in the pipeline.{near_matches(name, names)}")
+    position = names.index(before) if before else names.index(after) + 1 if after else len(names)
+    return (*PIPELINE[:position], *(Step.of(p) for p in passes), *PIPELINE[position:])
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:
@@ -142,7 +156,7 @@ class _Compiler:
             traces.append(self.transform(joint.graph))
             joint.recompile()
             forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
-            traces[-1].saved = saved_tensors(forward, kwargs["num_fwd_outputs"])
+            traces[-1].saved = saved_tensors(forward, kwargs["num_fwd_outputs"], traces[-1].plan)
             return forward, backward
 
         def run(module: GraphModule, _inputs: Any) -> Callable[..., Any]:
@@ -229,7 +243,7 @@ def _boxed(module: GraphModule, traces: list[Trace]) -> Callable[..., Any]:
     return run
 
 
-def saved_tensors(forward: GraphModule, num_outputs: int) -> list[dict[str, Any]]:
+def saved_tensors(forward: GraphModule, num_outputs: int, plan: Plan) -> list[dict[str, Any]]:
     """What the forward graph keeps for backward: name, bytes, dtype, and whose codes they are."""
     output = next(n for n in forward.graph.nodes if n.op == "output")
     saved = []
@@ -242,7 +256,7 @@ def saved_tensors(forward: GraphModule, num_outputs: int) -> list[dict[str, Any]
                 "name": node.name,
                 "bytes": int(value.numel()) * value.element_size(),
                 "dtype": str(value.dtype).removeprefix("torch."),
-                "input": node.op == "placeholder",
+                "parameter": parameter_of(node, plan.params) is not None and node.op == "placeholder",
                 "info": node.meta.get("lowprec"),
             }
         )

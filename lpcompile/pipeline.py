@@ -38,7 +38,8 @@ class Decision:
     site: Site | None = None
     batch: Any = 1
     dtype: torch.dtype | None = None
-    linear: bool = False
+    # Which casts feed the converted GEMM, by operand ("a", "b"): "<base node>|<cast>". The quantize pass fills it in.
+    casts: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass

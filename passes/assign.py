@@ -54,7 +54,6 @@ def _decide(site: Site, role: Role, plan: Plan) -> Decision:
         site=site,
         batch=left.meta["val"].shape[0] if len(left.meta["val"].shape) == 3 else 1,
         dtype=node.meta["val"].dtype,
-        linear=site.weight is not None,
     )
     refusal = _refusal(site, role, node, gemm, decision, plan)
     decision.converted = refusal is None

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from lpcompile import ops
-from lpcompile.joint import Operand, gemm_bias, gemm_operands, insert_call, is_backward
+from lpcompile.joint import Operand, gemm_bias, gemm_operands, insert_call
 from lpcompile.pipeline import Decision, Plan
 from lpcompile.recipe import Cast, Dot, DotOperand, Role
 
@@ -46,7 +46,8 @@ class _Rewriter:
         sides: list[tuple[list[Node], DotOperand]] = []
         for position, value in enumerate(gemm_operands(node)):
             operand = Operand.of(value)
-            quant = decision.gemm.b if self._is_b(operand, decision) else decision.gemm.a
+            name = "b" if self._is_b(operand, decision) else "a"
+            quant = decision.gemm.b if name == "b" else decision.gemm.a
             if quant is None:
                 sides.append(([operand.node], DotOperand(None, operand.transposed)))
                 continue
@@ -54,6 +55,7 @@ class _Rewriter:
             cast = Cast(quant, (1 - position) ^ int(operand.transposed))
             # The input's copy for wgrad belongs to the forward pass: its codes are saved, not the tensor.
             anchor = site.nodes[Role.FPROP] if operand.node is site.x.node else node
+            decision.casts[name] = f"{operand.node.name}|{cast}"
             sides.append((self.cast(operand.node, cast, anchor, site.key), DotOperand(cast, operand.transposed)))
         (left, left_operand), (right, right_operand) = sides
         args = (
@@ -109,4 +111,3 @@ class _Rewriter:
 
 
 assert ops  # the lowprec:: operators must be registered before a graph can hold them
-assert is_backward
