@@ -51,11 +51,14 @@ def weights() -> Path:
 def load(dtype: torch.dtype) -> tuple[nn.Module, Any]:
     """Model and tokenizer, decoded from the GGUF file by transformers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
 
     path = weights()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    options: dict[str, Any] = {"dtype": dtype}
+    if hasattr(transformers, "GgufConfig"):  # newer releases may keep the weights packed, which cannot be trained
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **options)
     return model, tokenizer
 
 
@@ -66,6 +69,11 @@ def with_lora(model: nn.Module) -> nn.Module:
     config = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     adapted: nn.Module = get_peft_model(model, config)
     return adapted
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The transformer layers, with or without PEFT's wrapping."""
+    return next(list(found.children()) for name, found in model.named_modules() if name.endswith("model.layers"))
 
 
 def texts() -> tuple[str, str]:
@@ -115,6 +123,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seq", type=int, default=256, help="tokens in a sequence")
     add("--heldout", type=int, default=4, help="held-out batches")
     add("--lora", action="store_true", help="train rank-16 adapters (PEFT) over the frozen model")
+    add(
+        "--regional",
+        action="store_true",
+        help="compile each decoder block instead of the whole: much faster to compile",
+    )
     add("--dtype", choices=tuple(DTYPES), default="bf16")
     add("--learning-rate", type=float, default=None, help="default: 2e-5, with --lora 5e-4")
     add("--seed", type=int, default=0, help="of the adapters' first values")
@@ -133,7 +146,7 @@ def run(
     model = copy.deepcopy(base)
     if args.lora:
         model = with_lora(model)
-    step = loss_function(compiled(model, name, args.executor))
+    step = loss_function(compiled(model, name, args.executor, decoder_blocks(model) if args.regional else ()))
     console.print(f"{name}: held-out loss before ...", end=" ")
     model.eval()
     before = heldout_loss(step, data[1])

@@ -7,7 +7,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,20 @@ def runs_of(recipes: Sequence[str]) -> list[str]:
     return list(dict.fromkeys([BASELINE, *names]))
 
 
-def compiled(model: nn.Module, recipe: str, executor: str) -> Callable[..., Any]:
-    """The model compiled without us (BASELINE) or by `backend="lowprec"` under this recipe."""
+def compiled(model: nn.Module, recipe: str, executor: str, blocks: Iterable[nn.Module] = ()) -> Callable[..., Any]:
+    """The model compiled without us (BASELINE) or by `backend="lowprec"` under this recipe.
+
+    Where blocks are given (regional compilation) each of them is compiled instead of the whole; equal blocks share one
+    compilation.
+    """
     torch._dynamo.reset()  # one run's guards and graphs must not cost the next run time
-    if recipe == BASELINE:
-        return torch.compile(model)
-    return torch.compile(model, backend="lowprec", options={"recipe": recipe, "executor": executor})
+    how: dict[str, Any] = {}
+    if recipe != BASELINE:
+        how = {"backend": "lowprec", "options": {"recipe": recipe, "executor": executor}}
+    blocks = list(blocks)
+    for block in blocks:
+        block.compile(**how)
+    return model if blocks else torch.compile(model, **how)
 
 
 def train(
@@ -122,7 +130,7 @@ def results_table(outcomes: Sequence[Outcome], title: str) -> Table:
     trained, had_before = bool(baseline.losses), baseline.before is not None
     headings = ["run", *(["before"] if had_before else []), "held-out", "gap"]
     if trained:
-        headings += ["training", "gap", "ms/step", "ratio", "1st step"]
+        headings += ["train", "gap", "ms/step", "ratio", "first s"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "run" else "right", no_wrap=True)
     for outcome in outcomes:
@@ -134,7 +142,7 @@ def results_table(outcomes: Sequence[Outcome], title: str) -> Table:
                 _gap(outcome.final, baseline.final, outcome is baseline),
                 f"{outcome.step_ms:.1f}",
                 f"{outcome.step_ms / baseline.step_ms:.2f}x",
-                f"{outcome.first_step_s:.1f} s",
+                f"{outcome.first_step_s:.0f}",
             ]
         table.add_row(*row)
     return table

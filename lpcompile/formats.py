@@ -68,7 +68,7 @@ def _default_bias(exp: int, special: Special) -> int:
 class Float:
     """A binary float: sign, `exp` exponent bits, `man` mantissa bits, `bias`, and what the special codes mean.
 
-    Raises FormatError for a format of fewer than 2 bits of magnitude or more than 32 bits.
+    Raises FormatError for a format of fewer than 2 bits of magnitude, more than 32 bits, or beyond FP32's range.
     """
 
     exp: int
@@ -80,7 +80,7 @@ class Float:
 
     def __post_init__(self) -> None:
         if self.exp < 1 or self.man < 0 or self.exp + self.man < 2 or self.bits > 32 or self.exp > 8:
-            raise FormatError(f"no such float: {self.exp} exponent and {self.man} mantissa bits (1..8 and 0.., <= 32 bits)")
+            raise FormatError(f"no such float: {self.exp} exponent, {self.man} mantissa bits (1..8, 0.., <= 32 bits)")
         if self.special is Special.SCALE and (self.signed or self.man):
             raise FormatError("a scale-only format has no sign and no mantissa, e.g. e8m0")
         if self.special is Special.IEEE and self.exp < 2:
@@ -90,6 +90,9 @@ class Float:
         usual = _default_bias(self.exp, self.special)
         if self.bias is None:
             object.__setattr__(self, "bias", usual)
+        lowest = -127 if self.special is Special.SCALE else -126
+        if self.man > 23 or self.emin < lowest or self.emax > 127:
+            raise FormatError(f"{self}: exponents {self.emin}..{self.emax} or {self.man} mantissa bits exceed FP32's")
         if self.bias == usual:
             name = _TORCH.get((self.exp, self.man, self.special, self.signed))
             # Kept, not computed: kernels that read it are traced by a compiler that cannot follow a look-up.
@@ -133,9 +136,9 @@ class Float:
 
     @property
     def nan_code(self) -> int | None:
-        """A code that means NaN, or None where every code is a number."""
+        """A code that means NaN, or None where no code does."""
         magnitude = (1 << (self.exp + self.man)) - 1
-        if self.special is Special.FINITE:
+        if self.special is Special.FINITE or (self.special is Special.IEEE and self.man == 0):
             return None
         return magnitude + 1 if self.special is Special.FNUZ else magnitude
 
@@ -163,12 +166,13 @@ class Float:
         return _values(self)
 
     def __str__(self) -> str:
-        if self.signed and self == Float(self.exp, self.man, _BARE.get((self.exp, self.man), Special.FINITE)):
-            return _ALIASES.get((self.exp, self.man), f"e{self.exp}m{self.man}")
         bare = _BARE.get((self.exp, self.man), Special.FINITE)
+        usual_bias = self.bias == _default_bias(self.exp, self.special)
+        if self.signed and self.special is bare and usual_bias and (self.exp, self.man) in _ALIASES:
+            return _ALIASES[(self.exp, self.man)]
         text = f"{'' if self.signed or self.special is Special.SCALE else 'u'}e{self.exp}m{self.man}"
         text += "" if self.special is bare else str(self.special)
-        return text + ("" if self.bias == _default_bias(self.exp, self.special) else f"b{self.bias}")
+        return text + ("" if usual_bias else f"b{self.bias}")
 
     @staticmethod
     def parse(text: str) -> Float:
@@ -329,8 +333,8 @@ _POW2_RULES = (Rule.UP, Rule.FLOOR, Rule.NEAREST, Rule.QUEST, Rule.QUEST_PAPER, 
 class Quant:
     """Everything that turns a tensor into codes and scales.
 
-    elem: format of the codes. block: which elements share a scale. scale: format of the stored scale. outer: format of a
-    second, per-tensor scale (two-level scaling: NVFP4), or None. rule, rounding: see there. clip: the multiple of
+    elem: format of the codes. block: which elements share a scale. scale: format of the stored scale. outer: format of
+    a second, per-tensor scale (two-level scaling: NVFP4), or None. rule, rounding: see there. clip: the multiple of
     amax that the largest code stands for (below 1 the top clips, above 1 there is headroom).
 
     Text form: `elem:block[:scale[+outer]][:rule][:rounding][:clip=c]`; what is left out has its default.
@@ -348,6 +352,8 @@ class Quant:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "quest_clip", QUEST_CLIP.get(str(self.elem)))
+        if isinstance(self.elem, Float) and not self.elem.signed:
+            raise FormatError(f"elements are signed; {self.elem} is a format of scales")
         if self.scale == E8M0 and self.rule not in _POW2_RULES:
             raise FormatError(f"an e8m0 scale needs a power-of-two rule ({', '.join(_POW2_RULES)}), not {self.rule}")
         if self.scale not in (F32, E8M0, E4M3):

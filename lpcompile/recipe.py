@@ -49,8 +49,8 @@ class Gemm:
         return Gemm(*(None if side == "hp" else Quant.parse(side) for side in sides))
 
 
-# Never converted: output heads and embeddings, by the names that common models give them.
-KEEP_HEAD = ("*lm_head*", "*embed*", "*wte", "*wpe", "*classifier*", "*score", "*output_head*")
+# Never converted: output heads, embeddings and adapters, by the names that common models and PEFT give them.
+KEEP = ("*lm_head*", "*embed*", "*wte", "*wpe", "*classifier*", "*score", "*output_head*", "*lora_*")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Recipe:
     fprop: Gemm | None = None
     dgrad: Gemm | None = None
     wgrad: Gemm | None = None
-    keep: tuple[str, ...] = KEEP_HEAD
+    keep: tuple[str, ...] = KEEP
 
     def gemm(self, role: Role) -> Gemm | None:
         found: Gemm | None = getattr(self, role.value)
@@ -77,7 +77,7 @@ class Recipe:
 
     def __str__(self) -> str:
         text = "; ".join(f"{role}: {self.gemm(role) or 'hp'}" for role in Role)
-        return text if self.keep == KEEP_HEAD else f"{text}; keep: {' '.join(self.keep)}"
+        return text if self.keep == KEEP else f"{text}; keep: {' '.join(self.keep)}"
 
     @staticmethod
     def parse(text: str, name: str = "custom") -> Recipe:
