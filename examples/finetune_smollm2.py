@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import math
 import os
 import statistics
 import zlib
@@ -159,7 +158,7 @@ def run(
     losses, times = train(name, trained, step, data[0], optimization, console)
     model.eval()
     after = heldout_loss(step, data[1])
-    return Outcome(name, losses, after, warm_median(times), times[0] / 1e3 if times else math.nan, before)
+    return Outcome(name, losses, after, warm_median(times), times[0] / 1e3, before)
 
 
 def main(argv: Sequence[str] | None = None) -> list[Outcome]:

@@ -26,20 +26,20 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run. losses: one per step; heldout: after training, before: before it; step_ms: median of the warm steps."""
+    """One run. losses: one per step; heldout: after training, before: before it; step_ms: median of the warm steps,
+    first_step_s: the first one, which compiles; both 0 where there was no step."""
 
     name: str
     losses: list[float]
     heldout: float
-    step_ms: float = math.nan
-    first_step_s: float = math.nan
+    step_ms: float = 0.0
+    first_step_s: float = 0.0
     before: float | None = None
 
     @property
     def final(self) -> float:
-        """Mean training loss of the last tenth of the steps; NaN where there was no step."""
-        tail = self.losses[-max(1, len(self.losses) // 10) :]
-        return statistics.fmean(tail) if tail else math.nan
+        """Mean training loss of the last tenth of the steps, of which there must be one."""
+        return statistics.fmean(self.losses[-max(1, len(self.losses) // 10) :])
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def train(
 def warm_median(milliseconds: Sequence[float]) -> float:
     """Median of the steps after the first two, which compile and warm up."""
     warm = milliseconds[2:] or milliseconds
-    return statistics.median(warm) if warm else math.nan
+    return statistics.median(warm) if warm else 0.0
 
 
 def results_table(outcomes: Sequence[Outcome], title: str) -> Table:

@@ -26,7 +26,7 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from lpcompile import ops, pipeline
 from lpcompile.errors import OptionError, near_matches
-from lpcompile.joint import clean_name, parameter_of
+from lpcompile.joint import clean_name, parameter_of, size_hint
 from lpcompile.passes import PIPELINE
 from lpcompile.pipeline import Plan, Step, Trace
 from lpcompile.recipe import Executor, Options, Recipe
@@ -56,8 +56,7 @@ def lowprec(
     if chosen.executor is Executor.REFERENCE:
         return compiler.reference(gm, example_inputs)
     if untouched:
-        compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=patches)
-        return compiled
+        return _compile_fx(gm, example_inputs, patches)
     return compiler.inductor(gm, example_inputs, patches)
 
 
@@ -118,6 +117,11 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
+def _compile_fx(gm: GraphModule, inputs: Sequence[Any], patches: dict[str, Any]) -> Callable[..., Any]:
+    compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches)  # type: ignore[assignment]
+    return compiled
+
+
 class _Compiler:
     """One Dynamo graph's way through the pipeline."""
 
@@ -143,8 +147,7 @@ class _Compiler:
         patches = {**patches, "joint_custom_pre_pass": _Slot(self, user, _names(gm))}
         if pipeline.capturing():
             patches["force_disable_caches"] = True
-        compiled: Callable[..., Any] = compile_fx(gm, inputs, config_patches=patches)
-        return compiled
+        return _compile_fx(gm, inputs, patches)
 
     # ---- reference -----------------------------------------------------------------------------------------------
 
@@ -188,7 +191,7 @@ def _names(gm: GraphModule) -> str:
     return digest.hexdigest()
 
 
-class _Slot(CustomGraphPass):  # type: ignore[misc]
+class _Slot(CustomGraphPass):
     """The pipeline as Inductor's joint pass; `uuid` is what lets both compile caches hit."""
 
     def __init__(self, compiler: _Compiler, user: Any, names: str) -> None:
@@ -250,14 +253,14 @@ def saved_tensors(forward: GraphModule, num_outputs: int, plan: Plan) -> list[di
     for node in output.args[0][num_outputs:]:
         if not isinstance(node, Node) or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
-        value = node.meta["val"]
+        value, info = node.meta["val"], node.meta.get("lowprec", {})
         saved.append(
             {
                 "name": node.name,
-                "bytes": int(value.numel()) * value.element_size(),
+                "bytes": size_hint(value.numel()) * value.element_size(),
                 "dtype": str(value.dtype).removeprefix("torch."),
                 "parameter": parameter_of(node, plan.params) is not None and node.op == "placeholder",
-                "info": node.meta.get("lowprec"),
+                "info": info if "part" in info else None,
             }
         )
     return saved

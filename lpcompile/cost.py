@@ -14,6 +14,7 @@ import sympy
 import torch
 
 from lpcompile.formats import Quant
+from lpcompile.joint import size_hint
 from lpcompile.recipe import Gemm
 from lpcompile.target import Target
 
@@ -80,14 +81,6 @@ def _evaluate(gemm: Gemm | None, itemsize: int, target: Target, m: int, n: int, 
     values = {M: max(m, 1), N: max(n, 1), K: max(k, 1)}
     high, low = expressions(gemm, itemsize, target)
     return float(high.subs(values)), float(low.subs(values))
-
-
-def size_hint(size: Any) -> int:
-    """The traced value of an int or SymInt, without guarding on it."""
-    if isinstance(size, torch.SymInt):
-        hint = getattr(size.node, "hint", None)
-        return int(hint) if hint is not None else 1024
-    return int(size or 1)
 
 
 def predict(gemm: GemmSizes, target: Target) -> Times:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpcompile.formats import Int, Quant
+from lpcompile.formats import Quant
 from lpcompile.product import Product, Side, empty_product, epilogue
 from lpcompile.recipe import Cast, Dot
 from lpcompile.reference import decode, from_codes, quantize, quantize_blocks, scaled_blocks
 
+# A user's pass is meant for the user's graph, not for our kernels.
+_OPTIONS: dict[str, Any] = {"joint_custom_pre_pass": None}
 # Below this many elements a compiled kernel's guards cost more than the work.
 _SMALL = 4096
 
@@ -34,7 +36,7 @@ def _compiled(fn: Callable[..., Any], *spec: object) -> Callable[..., Any]:
     code = fn.__code__.replace(co_name=name)
     own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
     own.__kwdefaults__ = fn.__kwdefaults__
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True)
+    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, options=_OPTIONS)
     return compiled
 
 

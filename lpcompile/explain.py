@@ -16,7 +16,9 @@ from lpcompile.report import Report
 from lpcompile.target import find_target
 
 
-def explain(model: Callable[..., Any], recipe: Any = "fp8-rowwise", backward: bool = True, **options: Any) -> Callable[..., Report]:
+def explain(
+    model: Callable[..., Any], recipe: Any = "fp8-rowwise", backward: bool = True, **options: Any
+) -> Callable[..., Report]:
     """A function of the model's inputs that returns a Report: which GEMMs are converted, why not the others, SQNR, memory.
 
     Runs the model once on the given inputs in the reference executor, and its backward pass with a random output gradient
@@ -29,7 +31,7 @@ def explain(model: Callable[..., Any], recipe: Any = "fp8-rowwise", backward: bo
 
     def run(*inputs: Any, **keywords: Any) -> Report:
         module = model if isinstance(model, torch.nn.Module) else None
-        with capture() as traces, torch.random.fork_rng(devices=[]), _restored(module):
+        with capture() as traces, torch.random.fork_rng(devices=[]), _Restored(module):
             torch.compiler.reset()
             compiled = torch.compile(model, backend=lowprec, options=settings)
             output = compiled(*inputs, **keywords)
@@ -53,7 +55,7 @@ def _run_backward(output: Any) -> None:
     first.backward(torch.ones_like(first) if first.numel() == 1 else torch.randn_like(first))
 
 
-class _restored:
+class _Restored:
     """Leaves a module's gradients and buffers as they were."""
 
     def __init__(self, module: torch.nn.Module | None) -> None:

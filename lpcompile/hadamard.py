@@ -1,3 +1,264 @@
-"""Placeholder until the Hadamard module lands."""
-def rotate(x, block, inverse=False):
-    raise NotImplementedError
+"""Hadamard rotations: orthonormal matrices of entries +-1/sqrt(n), which spread one outlier over n values.
+
+Sizes are n = K * 2**p with the K and the order of choice of HALO (arXiv 2501.02625, section 3): a row is viewed as
+`[K, 2**p]`, the last axis is turned by Sylvester's matrix, the first by a +-1 base matrix of order K. There are no
+random signs here: whoever wants them multiplies before and after.
+
+    x [.., n] -> view [.., K, 2**p] -> @ H(2**p) / sqrt(n) -> base(K) @ -> view [.., n]
+
+HALO stores its base matrices. Ours are built (Paley, doubling, Williamson), so for K > 1 the rotated values are not
+those of HALO, only as well spread: any two Hadamard rotations are the same to a quantiser that knows no structure.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from lpcompile.errors import FormatError
+
+Signs = npt.NDArray[np.int8]
+
+# HALO's order. It decides which factorisation a size gets: 80 is 40 * 2 and not 20 * 4.
+BASE_ORDERS = (172, 156, 140, 108, 100, 60, 52, 36, 28, 40, 20, 12, 44)
+
+# Order k = 4 * m -> the first rows of four symmetric m x m circulants of +-1 whose squares sum to k * I (Williamson
+# 1944). Such a row is (+1, s1, .., sh, sh, .., s1) with h = (m - 1) / 2; bit i - 1 of the number is set where si = -1.
+# Found by matching power spectra (at each frequency the four must sum to k) among the rows that a multiplier of order 3
+# leaves fixed: i -> 6 i fixes all four of m = 43; i -> 16 i fixes the first of m = 39 and turns the rest in a circle.
+_WILLIAMSON = {
+    172: (0x122867, 0x1E6D0E, 0x1A1594, 0x09AF02),
+    156: (0x3C977, 0x159F9, 0x7D346, 0x2BC37),
+}
+
+# Measured on CPU: a small matmul costs one pass over memory up to about this size, and grows linearly above it.
+_MAX_FACTOR_LOG2 = 6
+
+
+# ---- sizes -------------------------------------------------------------------------------------------------------
+
+
+def _is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def decompose(n: int) -> tuple[int, int] | None:
+    """`(K, n // K)` with the first K of `BASE_ORDERS` that leaves a power of two, K = 1 for a power of two, else None.
+
+    >>> decompose(14336), decompose(4096), decompose(77)
+    ((28, 512), (1, 4096), None)
+    """
+    for k in BASE_ORDERS:
+        if n % k == 0 and _is_power_of_two(n // k):
+            return k, n // k
+    return (1, n) if _is_power_of_two(n) else None
+
+
+def largest_block(n: int, limit: int | None = None) -> int:
+    """The largest power of two that divides n and is not above `limit`. Raises FormatError for sizes below 1."""
+    if n < 1 or (limit is not None and limit < 1):
+        raise FormatError(f"no Hadamard block divides {n} and is at most {limit}: both must be at least 1.")
+    block = n & -n
+    return block if limit is None else min(block, 1 << (limit.bit_length() - 1))
+
+
+def _decompose_or_raise(n: int) -> tuple[int, int]:
+    found = decompose(n)
+    if found is not None:
+        return found
+    above = next(m for m in itertools.count(max(n, 0) + 1) if decompose(m))
+    below = next((m for m in range(n - 1, 0, -1) if decompose(m)), None)
+    nearest = str(above) if below is None else f"{below} and {above}"
+    blocks = f" or rotate in blocks of {largest_block(n)}, which divides it" if n > 0 and n % 2 == 0 else ""
+    raise FormatError(
+        f"no Hadamard rotation of size {n}: it must be 2**p or K * 2**p with K in {sorted(BASE_ORDERS)}. "
+        f"Nearest usable sizes: {nearest}. Pad to one of them{blocks}."
+    )
+
+
+# ---- base matrices -----------------------------------------------------------------------------------------------
+# Built with numpy, which no torch mode (fake, inference, default device, tracing) can get hold of.
+
+
+def _prime_power(q: int) -> tuple[int, int] | None:
+    """`(p, m)` with q = p**m, p an odd prime and m <= 3; else None. Irreducibility by roots ends at degree 3."""
+    if q < 3:
+        return None
+    p = next((d for d in range(2, math.isqrt(q) + 1) if q % d == 0), q)
+    return next(((p, m) for m in (1, 2, 3) if p > 2 and p**m == q), None)
+
+
+def _modulus(p: int, m: int) -> tuple[int, ...]:
+    """Low coefficients `c` of the first monic polynomial x**m + sum c[i] x**i without a root in GF(p), m of 2 or 3."""
+
+    def value(c: tuple[int, ...], x: int) -> int:
+        total: int = x**m + sum(ci * x**i for i, ci in enumerate(c))
+        return total % p
+
+    return next(c for c in itertools.product(range(p), repeat=m) if all(value(c, x) for x in range(p)))
+
+
+def _square(a: tuple[int, ...], p: int, modulus: tuple[int, ...]) -> tuple[int, ...]:
+    """a * a in GF(p)[x] / (x**m + modulus), as m coefficients, lowest first."""
+    m = len(a)
+    out = [0] * (2 * m - 1)
+    for (i, ai), (j, aj) in itertools.product(enumerate(a), enumerate(a)):
+        out[i + j] += ai * aj
+    for high in range(2 * m - 2, m - 1, -1):
+        for i, ci in enumerate(modulus):
+            out[high - m + i] -= out[high] * ci
+    return tuple(c % p for c in out[:m])
+
+
+def _jacobsthal(p: int, m: int) -> Signs:
+    """Q[i, j] = chi(a_i - a_j) over GF(p**m): 0 on the diagonal, +1 where the difference is a square, else -1."""
+    elements = list(itertools.product(range(p), repeat=m))
+    modulus = _modulus(p, m) if m > 1 else (0,)
+    squares = {_square(a, p, modulus) for a in elements}
+    zero = (0,) * m
+    chi = {a: 0 if a == zero else 1 if a in squares else -1 for a in elements}
+    rows = [[chi[tuple((x - y) % p for x, y in zip(a, b, strict=True))] for b in elements] for a in elements]
+    return np.array(rows, dtype=np.int8)
+
+
+def _bordered(q: Signs, left: int) -> Signs:
+    """`[[0, 1], [left, q]]`: a conference matrix C with C C^T = (its order - 1) I."""
+    out = np.ones((len(q) + 1, len(q) + 1), dtype=np.int8)
+    out[0, 0], out[1:, 0], out[1:, 1:] = 0, left, q
+    return out
+
+
+def _paley(k: int) -> Signs | None:
+    """Paley's matrix of order q + 1 (q = 3 mod 4) or 2 (q + 1) (q = 1 mod 4), q a prime power; else None."""
+    if k % 4 == 0 and (field := _prime_power(k - 1)):
+        return _bordered(_jacobsthal(*field), -1) + np.eye(k, dtype=np.int8)
+    if k % 4 == 0 and (k // 2 - 1) % 4 == 1 and (field := _prime_power(k // 2 - 1)):
+        conference = _bordered(_jacobsthal(*field), 1)
+        off = np.array([[1, 1], [1, -1]], dtype=np.int8)
+        diagonal = np.array([[1, -1], [-1, -1]], dtype=np.int8)
+        matrix: Signs = np.kron(conference, off) + np.kron(np.eye(k // 2, dtype=np.int8), diagonal)
+        return matrix
+    return None
+
+
+def _williamson(k: int) -> Signs:
+    """Williamson's array `[[A, B, C, D], [-B, A, -D, C], [-C, D, A, -B], [-D, -C, B, A]]` of the stored circulants."""
+    m = k // 4
+
+    def circulant(word: int) -> Signs:
+        half = [-1 if word >> i & 1 else 1 for i in range((m - 1) // 2)]
+        row = np.array([1, *half, *reversed(half)], dtype=np.int8)
+        matrix: Signs = row[(np.arange(m)[None, :] - np.arange(m)[:, None]) % m]
+        return matrix
+
+    a, b, c, d = (circulant(word) for word in _WILLIAMSON[k])
+    return np.block([[a, b, c, d], [-b, a, -d, c], [-c, d, a, -b], [-d, -c, b, a]])
+
+
+@functools.cache
+def _base(k: int) -> Signs:
+    if k == 1:
+        return np.ones((1, 1), dtype=np.int8)
+    if k in _WILLIAMSON:
+        return _williamson(k)
+    paley = _paley(k)
+    if paley is not None:
+        return paley
+    if k != 2 and (k < 1 or k % 4):
+        raise FormatError(f"no Hadamard matrix of order {k} exists: an order is 1, 2 or a multiple of 4.")
+    try:
+        half = _base(k // 2)
+    except FormatError:
+        raise FormatError(
+            f"no construction here gives a Hadamard matrix of order {k}. Known beside powers of two: "
+            f"{sorted(BASE_ORDERS)}, q + 1 and 2 (q + 1) for many prime powers q, and twice any of these."
+        ) from None
+    return np.block([[half, half], [half, -half]])
+
+
+def base_matrix(k: int) -> torch.Tensor:
+    """A Hadamard matrix H of order k, `[k, k]` int8 of +-1 with H @ H.T = k I exactly; a new tensor on each call.
+
+    Of the constructions the first that exists is taken: Williamson (1944) for 172 and 156, Paley I and II (1933),
+    Sylvester's doubling. All of `BASE_ORDERS` exist. Raises FormatError for an order that none of them gives.
+    """
+    with torch.inference_mode(False), _disable_current_modes():
+        return torch.from_numpy(_base(k).copy())
+
+
+def _sylvester(n: int) -> Signs:
+    """Sylvester's matrix of order n = 2**p: entry [i, j] is -1 where i & j has an odd number of ones. Symmetric."""
+    matrix: Signs = np.ones((1, 1), dtype=np.int8)
+    while len(matrix) < n:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
+
+
+# ---- rotations ---------------------------------------------------------------------------------------------------
+
+
+def rotation_matrix(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """The orthonormal `[n, n]` matrix R such that `x @ R` rotates the rows of x `[.., n]`; new on each call, on CPU.
+
+    R = base(K).T (x) H(2**p) / sqrt(n); for n = 2**p it is symmetric. Raises FormatError for a size without rotation.
+    """
+    k, power = _decompose_or_raise(n)
+    with torch.inference_mode(False), _disable_current_modes():
+        signs = torch.from_numpy(np.kron(_base(k).T, _sylvester(power)))
+        return signs.to(dtype).mul_(1 / math.sqrt(n))
+
+
+def _factor_sizes(power: int) -> Iterator[int]:
+    """Powers of two of at most 2**_MAX_FACTOR_LOG2 with the product `power`, as few and as equal as can be."""
+    left = power.bit_length() - 1
+    for count in range(-(-left // _MAX_FACTOR_LOG2), 0, -1):
+        yield 1 << (left // count)
+        left -= left // count
+
+
+@functools.cache
+def _cached_factors(block: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    k, power = _decompose_or_raise(block)
+    # The last factor alone bears 1/sqrt(block): a one-hot row then rotates to exactly that value.
+    signs = [_base(k).T if inverse else _base(k)] if k > 1 or power == 1 else []
+    signs += [_sylvester(size) for size in _factor_sizes(power)]
+    # A tensor made under a fake or an inference mode would outlive the mode in the cache.
+    with torch.inference_mode(False), _disable_current_modes():
+        factors = [torch.from_numpy(s.copy()).to(dtype) for s in signs]
+        factors[-1].mul_(1 / math.sqrt(block))
+        return tuple(f.to(device) for f in factors)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _factors(block: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The Kronecker factors of the rotation, each to be multiplied from the left; a constant to torch.compile."""
+    return _cached_factors(block, inverse, dtype, device)
+
+
+def rotate(x: torch.Tensor, block: int, inverse: bool = False) -> torch.Tensor:
+    """Each `block` consecutive elements of the last dim of x, rotated; `inverse=True` undoes it.
+
+    Shape of x; float64 stays, all else is computed and returned in float32 (under torch's float32 matmul precision).
+    A new tensor, differentiable, and for block = 2**p its own inverse. Equals `x @ rotation_matrix(block)` block by
+    block, but costs the sum of the Kronecker factors (at most 64 each, or K) in place of `block` per element.
+    Raises FormatError when `block` has no rotation or does not divide the last dim.
+    """
+    if x.dim() == 0 or block < 1 or x.shape[-1] % block:
+        raise FormatError(
+            f"cannot rotate the last dim of {tuple(x.shape)} in blocks of {block}: the block must divide it."
+        )
+    y = x if x.dtype == torch.float64 else x.to(torch.float32)
+    right = block
+    for factor in _factors(block, inverse, y.dtype, y.device):
+        size = factor.shape[0]
+        right //= size
+        # A product from the right is one plain GEMM, where from the left it would be a batch of columns.
+        y = y.reshape(-1, size) @ factor.mT if right == 1 else factor @ y.reshape(-1, size, right)
+    return y.reshape(x.shape)

@@ -132,6 +132,7 @@ def gemm_bias(node: Node) -> Node | None:
 
 
 def is_backward(node: Node) -> bool:
+    """True where AOTAutograd, or a pass of ours, put the node into the backward graph."""
     return node.meta.get("partitioner_tag") in ("is_backward", "must_be_in_backward")
 
 
@@ -199,6 +200,8 @@ _ROOT = re.compile(r"^L\[['\"]\w+['\"]\]\.?")
 def clean_name(path: str) -> str:
     """A module or parameter path as Dynamo writes it, as the dotted name that the user knows."""
     path = _ROOT.sub("", path)
+    # A wrapper that forwards attribute access (PEFT) is seen as its instance dictionary.
+    path = path.replace("__dict__['_modules']", "_modules")
     path = re.sub(r"\._(?:modules|parameters|buffers)\[['\"]([^'\"]+)['\"]\]", r".\1", "." + path)
     path = re.sub(r"\[['\"]?([^'\"\]]+)['\"]?\]", r".\1", path)
     return path.strip(".").removeprefix("_orig_mod.").replace("._checkpoint_wrapped_module", "")
@@ -210,6 +213,14 @@ def module_name(node: Node) -> str:
     if not stack:
         return ""
     return clean_name(list(stack.values())[-1][0])
+
+
+def size_hint(size: Any) -> int:
+    """The traced value of an int or SymInt, without guarding on it; 1 where nothing is known."""
+    if isinstance(size, torch.SymInt):
+        hint = getattr(size.node, "hint", None)
+        return int(hint) if hint is not None else 1024
+    return 1 if size is None else int(size)
 
 
 _COPIED = (

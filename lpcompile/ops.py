@@ -43,6 +43,7 @@ def attach(name: str, key: str, implementation: Callable[..., Any]) -> None:
 
 
 def quantize_reference(x: Tensor, cast: str) -> list[Tensor]:
+    """`reference.quantize` behind the operator's signature."""
     spec = parse_cast(cast)
     return reference.quantize(x, spec.quant, spec.axis).parts()
 
@@ -64,6 +65,7 @@ def _quantize_fake(x: Tensor, cast: str) -> list[Tensor]:
 
 
 def dequantize_reference(parts: list[Tensor], cast: str, cols: int, dtype: torch.dtype) -> Tensor:
+    """`reference.dequantize` behind the operator's signature."""
     spec = parse_cast(cast)
     return reference.dequantize(reference.Quantized.of(parts, spec.quant), spec.quant, spec.axis, cols, dtype)
 
@@ -78,6 +80,7 @@ def _dequantize_fake(parts: list[Tensor], cast: str, cols: int, dtype: torch.dty
 def scaled_mm_reference(
     left: list[Tensor], right: list[Tensor], bias: Tensor | None, dot: str, size: list[int] | None, dtype: torch.dtype
 ) -> Tensor:
+    """`product.scaled_mm` behind the operator's signature."""
     return product.scaled_mm(left, right, bias, parse_dot(dot), size, dtype)
 
 
@@ -115,7 +118,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "scaled_mm": scaled_mm_reference,
     "hadamard": hadamard_reference,
 }
-_FAKE = {
+_FAKE: dict[str, Callable[..., Any]] = {
     "quantize": _quantize_fake,
     "dequantize": _dequantize_fake,
     "scaled_mm": _scaled_mm_fake,

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
+from torch.fx.graph import CodeGen
 
-from lpcompile.joint import Joint, Site, verify
+from lpcompile.joint import Joint, Site, size_hint, verify
 from lpcompile.recipe import Gemm, Options, Recipe, Role
 from lpcompile.target import Target
 
@@ -109,12 +110,18 @@ def capture() -> Iterator[list[Trace]]:
 
 
 def capturing() -> bool:
+    """True inside a `capture`."""
     return bool(_CAPTURES)
 
 
 def readable(graph: Graph) -> str:
-    """The graph as Python source."""
-    return graph.python_code("self").src
+    """The graph as Python source: one function of its flat inputs, returning its flat outputs."""
+    tree_codegen = graph._codegen
+    graph.set_codegen(CodeGen())
+    try:
+        return graph.python_code("self").src
+    finally:
+        graph.set_codegen(tree_codegen)
 
 
 def run(graph: Graph, steps: tuple[Step, ...], plan: Plan) -> Trace:
@@ -142,11 +149,8 @@ def run(graph: Graph, steps: tuple[Step, ...], plan: Plan) -> Trace:
 
 def program(graph: Graph, title: str) -> str:
     """The graph as a program that runs on random inputs of the traced shapes."""
-    lines = []
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            lines.append(f"        {_example(node)},")
-    body = graph.python_code("self").src
+    lines = [f"        {_example(node)}," for node in graph.nodes if node.op == "placeholder"]
+    body = readable(graph)
     imports = "import torch\nfrom torch import device, inf, nan  # noqa: F401\nimport lpcompile.ops  # noqa: F401\n"
     call = "def main():\n    args = [\n" + "\n".join(lines) + "\n    ]\n    for out in forward(None, *args):\n"
     call += "        print(getattr(out, 'shape', out))\n\n\nif __name__ == '__main__':\n    main()\n"
@@ -156,8 +160,8 @@ def program(graph: Graph, title: str) -> str:
 def _example(node: Node) -> str:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
-        return str(int(value))
-    shape = [int(s) for s in value.shape]
+        return str(size_hint(value))
+    shape = [size_hint(s) for s in value.shape]
     device = "cuda" if value.device.type == "cuda" else "cpu"
     if value.dtype.is_floating_point:
         return f"torch.randn({shape}, device='{device}').to({value.dtype})"
@@ -173,7 +177,3 @@ def _write_artifacts(root: pathlib.Path, trace: Trace, programs: list[str]) -> N
         aside = folder / f".{os.getpid()}.{index}"
         aside.write_text(text)
         aside.replace(folder / f"{index:02d}_{name}.py")
-
-
-def as_graph(module_or_graph: Graph | GraphModule) -> Graph:
-    return module_or_graph.graph if isinstance(module_or_graph, GraphModule) else module_or_graph

@@ -53,7 +53,7 @@ def round_to_grid(v: Tensor, elem: Elem, rounding: Rounding = Rounding.RTNE, noi
     if elem == F32 and v.dtype == torch.float32:
         return v
     step = torch.clamp(exponent_floor(v), min=2.0**elem.emin) * 2.0**-elem.man
-    return torch.clamp(_round(v / step, rounding, noise) * step, -elem.max, elem.max)
+    return torch.clamp(_round(v / step, rounding, noise) * step, -elem.max if elem.signed else 0.0, elem.max)
 
 
 def _round(units: Tensor, rounding: Rounding, noise: Tensor | None) -> Tensor:
@@ -68,17 +68,21 @@ def _round(units: Tensor, rounding: Rounding, noise: Tensor | None) -> Tensor:
 
 def to_codes(value: Tensor, elem: Elem) -> Tensor:
     """Codes of FP32 values that lie on the grid, in the storage dtype (4-bit codes unpacked, one a byte). NaN gives 0."""
-    value = torch.where(value == value, value, 0.0)
+    value = torch.where(value.isnan(), 0.0, value)
     if isinstance(elem, Int):
         return value.to(elem.torch_dtype)
     if elem.torch_dtype is not None:
         return value.to(elem.torch_dtype)
+    value = value.to(torch.float32)
     bits = value.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     normal = (magnitude >> (23 - elem.man)) - ((elem.emin - 1 + 127) << elem.man)
-    subnormal = (value.abs() * 2.0 ** (elem.man - elem.emin)).to(torch.int32)
+    # Two factors, because their product may exceed FP32.
+    subnormal = (value.abs() * 2.0**-elem.emin * 2.0**elem.man).to(torch.int32)
     code = torch.where(value.abs() < elem.min_normal, subnormal, normal)
-    code = code | torch.where(bits < 0, 1 << (elem.exp + elem.man), 0)
+    # FNUZ has no negative zero: its code is NaN.
+    negative = (bits < 0) & (code != 0) if elem.special is Special.FNUZ else bits < 0
+    code = code | torch.where(negative, 1 << (elem.exp + elem.man), 0)
     return code.to(torch.uint8 if elem.bits <= 8 else torch.int16)
 
 
@@ -88,8 +92,10 @@ def from_codes(codes: Tensor, elem: Elem) -> Tensor:
         return codes.to(torch.float32)
     bits = codes.to(torch.int32)
     magnitude = bits & ((1 << (elem.exp + elem.man)) - 1)
-    # The exponent field lands in FP32's, a multiplication mends the bias: subnormals come out right for free.
-    value = (magnitude << (23 - elem.man)).view(torch.float32) * 2.0 ** (126 + elem.emin)
+    # The exponent field lands in FP32's, a multiplication mends the bias: subnormals come out right for free. It is done
+    # in two steps, because one factor may exceed FP32.
+    half = (126 + elem.emin) // 2
+    value = (magnitude << (23 - elem.man)).view(torch.float32) * 2.0**half * 2.0 ** (126 + elem.emin - half)
     if elem.special is Special.FN:
         value = torch.where(magnitude == (1 << (elem.exp + elem.man)) - 1, float("nan"), value)
     if elem.special is Special.IEEE:
@@ -97,6 +103,8 @@ def from_codes(codes: Tensor, elem: Elem) -> Tensor:
         value = torch.where(magnitude > top, float("nan"), torch.where(magnitude == top, float("inf"), value))
     if elem.signed:
         value = torch.where(bits >> (elem.exp + elem.man) & 1 != 0, -value, value)
+    if elem.special is Special.FNUZ:
+        value = torch.where((bits & ((1 << elem.bits) - 1)).eq(1 << (elem.bits - 1)), float("nan"), value)
     return value
 
 
@@ -106,7 +114,8 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     if codes.shape[-1] % 2:
         codes = F.pad(codes, (0, 1))
     pairs = codes.unflatten(-1, (-1, 2))
-    return pairs[..., 0] | pairs[..., 1] << 4
+    packed: Tensor = pairs[..., 0] | pairs[..., 1] << 4
+    return packed
 
 
 def unpack_nibbles(packed: Tensor, length: int, signed_int: bool) -> Tensor:
@@ -192,7 +201,8 @@ _FLT_MAX = torch.finfo(torch.float32).max
 
 def _tensor_encode(peak: Tensor, top: float) -> Tensor:
     """The factor that maps a tensor's amax to `top` (largest code times largest block scale); 1 where there is none."""
-    encode = torch.clamp(top / peak, max=_FLT_MAX)
+    # A tensor over a tensor: torch computes number / tensor as a rounded reciprocal, multiplied.
+    encode = torch.clamp(peak.new_full((), top) / peak, max=_FLT_MAX)
     return torch.where((peak > 0) & (encode > 0), encode, 1.0)
 
 
@@ -330,7 +340,8 @@ def decode_scale(scale: Tensor) -> Tensor:
     """FP32 value of stored block scales (E8M0 as bytes)."""
     if scale.dtype == torch.uint8:
         byte = scale.to(torch.int32)
-        return torch.where(byte == 255, float("nan"), (byte << 23).view(torch.float32))
+        # Byte 0 is 2^-127, a subnormal number of FP32.
+        return torch.where(byte == 255, float("nan"), torch.clamp(byte << 23, min=1 << 22).view(torch.float32))
     return scale.to(torch.float32)
 
 

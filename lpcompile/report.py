@@ -10,7 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from lpcompile.cost import predict, size_hint
+from lpcompile.cost import predict
+from lpcompile.joint import size_hint
 from lpcompile.pipeline import Decision, Trace
 from lpcompile.recipe import Role
 
@@ -151,7 +152,7 @@ def _row(index: int, decision: Decision, trace: Trace) -> Row:
 def _size(size: Any) -> str:
     if size is None:
         return "?"
-    return str(size) if isinstance(size, int) else f"{size}={size_hint(size)}"
+    return str(size) if str(size).isdecimal() else f"{size}={size_hint(size)}"
 
 
 def _bytes(count: int) -> str:

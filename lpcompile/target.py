@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lpcompile.errors import TargetError, near_matches
-from lpcompile.formats import E5M2, E8M0, Elem, Float, Int, Quant
+from lpcompile.formats import E4M3, E5M2, E8M0, Elem, Int, Quant
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Target:
             return "int8" if elem.bits <= 8 and quant.block.cols == 0 else "bf16"
         if elem.bits == 4:
             return "mx4" if quant.scale == E8M0 else "nvfp4" if quant.outer else "bf16"
-        native = isinstance(elem, Float) and elem.bits == 8 and (elem.torch_dtype is not None or elem == E5M2)
+        native = elem in (E4M3, E5M2)
         return "fp8" if native else "bf16"
 
     def native(self, a: Quant | None, b: Quant | None) -> str | None:

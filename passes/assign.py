@@ -32,7 +32,9 @@ def assign(graph: Graph, plan: Plan) -> None:
     declined = [d for d in plan.decisions if not d.converted and d.reason.startswith("declined")]
     if plan.options.strict and declined:
         lines = "\n".join(f"  {d.key} {d.role or ''}: {d.reason}" for d in declined)
-        raise StrictError(f"strict=True and {len(declined)} GEMM(s) were declined:\n{lines}\nAdd them to `keep` or drop strict.")
+        raise StrictError(
+            f"strict=True and {len(declined)} GEMM(s) were declined:\n{lines}\nAdd them to `keep` or drop strict."
+        )
 
 
 def _decide(site: Site, role: Role, plan: Plan) -> Decision:
@@ -115,4 +117,5 @@ def _stray(node: Node, reason: str) -> Decision:
         left, right = gemm_operands(node)
         shapes = [left.meta["val"].shape[-2], right.meta["val"].shape[-1], left.meta["val"].shape[-1]]
     name = module_name(node) or node.name
-    return Decision(name, name, None, node.name, *shapes, converted=False, reason=f"kept: {reason}")
+    m, n, k = shapes
+    return Decision(name, name, None, node.name, m, n, k, converted=False, reason=f"kept: {reason}")

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+# The examples, and the modules that several test files share.
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 
 @pytest.fixture(autouse=True)

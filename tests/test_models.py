@@ -1,0 +1,104 @@
+"""Whole models, unmodified: forward, backward and an optimizer step with every recipe."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from whole_models import CASES, Step, assert_accounted, assert_close, flat, linear_names, relative, train_step
+
+import lpcompile as lp
+
+# 16-bit integers are nearly exact: a wrong operand, role or transposition shows at once.
+_FINE = "int16:row @ int16:row"
+FINE = f"fprop: {_FINE}; dgrad: {_FINE}; wgrad: {_FINE}"
+# Relative error of logits and of all gradients together: (what a quantised model cannot undercut, what it must not exceed).
+BOUNDS = {
+    "none": (0.0, 1e-5),
+    FINE: (1e-6, 1e-3),
+    "int8-rowwise": (1e-3, 0.08),
+    **{recipe.name: (1e-3, 0.25) for recipe in lp.RECIPES if recipe.name not in ("none", "int8-rowwise")},
+}
+
+
+@functools.cache
+def eager(name: str) -> Step:
+    """The step in high precision."""
+    model = CASES[name].model()
+    return train_step(model, model, CASES[name].forward)
+
+
+def check_step(step: Step, wanted: Step, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    assert step.loss == pytest.approx(wanted.loss, rel=high)
+    assert_close(step.logits, wanted.logits, high)
+    assert step.gradients.keys() == wanted.gradients.keys()
+    assert_close(flat(step.gradients), flat(wanted.gradients), high)
+    assert relative(flat(step.gradients), flat(wanted.gradients)) >= low
+    total = float(flat(wanted.gradients).norm())
+    for name, gradient in step.gradients.items():
+        # A key's bias cancels in the softmax: its true gradient is zero.
+        if float(wanted.gradients[name].norm()) > 1e-4 * total:
+            assert relative(gradient, wanted.gradients[name]) < min(0.7, 4 * high + 1e-4), name
+    assert not [name for name in step.unchanged if float(wanted.gradients[name].norm()) > 1e-4 * total]
+
+
+@pytest.mark.parametrize("recipe", BOUNDS, ids=lambda recipe: "int16" if recipe == FINE else recipe)
+@pytest.mark.parametrize("name", CASES)
+def test_reference_executor_trains(name: str, recipe: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    options = {"recipe": recipe, "executor": "reference"}
+    with lp.capture() as traces:
+        step = train_step(model, torch.compile(model, backend="lowprec", options=options), case.forward)
+    check_step(step, eager(name), BOUNDS[recipe])
+    assert_accounted(traces)
+    rows = lp.Report(traces, recipe, "cpu").rows
+    wanted = lp.find_recipe(recipe)
+    roles = [role for role in lp.Role if wanted.gemm(role) is not None]
+    # Each linear layer but the head, each GEMM that the recipe covers, once.
+    body = linear_names(model) - {case.head}
+    assert sorted((r.name, r.role) for r in rows if r.converted) == sorted((n, role) for n in body for role in roles)
+    heads = [row for row in rows if row.name == case.head]
+    assert len(heads) == 3 and all(row.reason.startswith("kept: ") for row in heads)
+
+
+# Inductor compiles C++ for each: every model once, every recipe of the pair several times.
+INDUCTOR = [
+    ("example", "fp8-rowwise"),
+    ("example", "int8-rowwise"),
+    ("llama", "int8-rowwise"),
+    ("qwen3", "fp8-rowwise"),
+    ("gpt2", "fp8-rowwise"),
+    ("bert", "int8-rowwise"),
+    ("vit", "fp8-rowwise"),
+    ("t5", "int8-rowwise"),
+]
+
+
+@pytest.mark.parametrize(("name", "recipe"), INDUCTOR)
+def test_inductor_executor_trains(name: str, recipe: str) -> None:
+    case = CASES[name]
+    steps = []
+    for executor in ("inductor", "reference"):
+        model = case.model()
+        compiled = torch.compile(model, backend="lowprec", options={"recipe": recipe, "executor": executor})
+        steps.append(train_step(model, compiled, case.forward))
+    check_step(steps[0], eager(name), BOUNDS[recipe])
+    # Where sums in another order cross a rounding boundary, a code differs by one step; hence not bitwise.
+    assert_close(flat(steps[0].gradients), flat(steps[1].gradients), BOUNDS[recipe][1] / 4)
+    assert_close(steps[0].logits, steps[1].logits, BOUNDS[recipe][1] / 4)
+
+
+def test_recipe_none_is_bitwise_inductor() -> None:
+    case = CASES["example"]
+    steps = []
+    for options in ({"backend": "lowprec", "options": {"recipe": "none"}}, {"backend": "inductor"}):
+        torch.compiler.reset()
+        model = case.model()
+        steps.append(train_step(model, torch.compile(model, **options), case.forward))
+    assert torch.equal(steps[0].logits, steps[1].logits)
+    assert steps[0].gradients.keys() == steps[1].gradients.keys()
+    for name, gradient in steps[0].gradients.items():
+        assert torch.equal(gradient, steps[1].gradients[name]), name
