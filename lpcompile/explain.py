@@ -31,7 +31,7 @@ def explain(
 
     def run(*inputs: Any, **keywords: Any) -> Report:
         module = model if isinstance(model, torch.nn.Module) else None
-        with capture() as traces, torch.random.fork_rng(devices=[]), _Restored(module):
+        with capture() as traces, torch.random.fork_rng(devices=[]), Restored(module):
             torch.compiler.reset()
             compiled = torch.compile(model, backend=lowprec, options=settings)
             output = compiled(*inputs, **keywords)
@@ -55,7 +55,7 @@ def _run_backward(output: Any) -> None:
     first.backward(torch.ones_like(first) if first.numel() == 1 else torch.randn_like(first))
 
 
-class _Restored:
+class Restored:
     """Leaves a module's gradients and buffers as they were."""
 
     def __init__(self, module: torch.nn.Module | None) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+import operator
 
 import numpy as np
 import numpy.typing as npt
@@ -215,30 +215,35 @@ def rotation_matrix(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return signs.to(dtype).mul_(1 / math.sqrt(n))
 
 
-def _factor_sizes(power: int) -> Iterator[int]:
-    """Powers of two of at most 2**_MAX_FACTOR_LOG2 with the product `power`, as few and as equal as can be."""
+def _factor_sizes(block: int) -> tuple[int, ...]:
+    """Orders of the Kronecker factors: K if it is not 1, then powers of two up to 64, as few and as equal as can be."""
+    k, power = _decompose_or_raise(block)
+    sizes = [k] if k > 1 or power == 1 else []
     left = power.bit_length() - 1
     for count in range(-(-left // _MAX_FACTOR_LOG2), 0, -1):
-        yield 1 << (left // count)
+        sizes.append(1 << (left // count))
         left -= left // count
+    return tuple(sizes)
 
 
 @functools.cache
 def _cached_factors(block: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-    k, power = _decompose_or_raise(block)
-    # The last factor alone bears 1/sqrt(block): a one-hot row then rotates to exactly that value.
-    signs = [_base(k).T if inverse else _base(k)] if k > 1 or power == 1 else []
-    signs += [_sylvester(size) for size in _factor_sizes(power)]
     # A tensor made under a fake or an inference mode would outlive the mode in the cache.
     with torch.inference_mode(False), _disable_current_modes():
-        factors = [torch.from_numpy(s.copy()).to(dtype) for s in signs]
+        factors = []
+        for size in _factor_sizes(block):
+            signs = _sylvester(size) if _is_power_of_two(size) else _base(size)
+            factors.append(torch.from_numpy((signs.T if inverse else signs).copy()).to(dtype))
+        # The last factor alone bears 1/sqrt(block): a one-hot row then rotates to exactly that value.
         factors[-1].mul_(1 / math.sqrt(block))
-        return tuple(f.to(device) for f in factors)
+        # A parameter, because those keep static shapes under torch.compile(dynamic=True).
+        return tuple(torch.nn.Parameter(f.to(device), requires_grad=False) for f in factors)
 
 
+# A tuple for each rotation, because Dynamo (torch 2.13) takes one bare tensor for each such function and graph.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _factors(block: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """The Kronecker factors of the rotation, each to be multiplied from the left; a constant to torch.compile."""
+    """The Kronecker factors of the rotation, each to be multiplied from the left; constants to torch.compile."""
     return _cached_factors(block, inverse, dtype, device)
 
 
@@ -250,14 +255,13 @@ def rotate(x: torch.Tensor, block: int, inverse: bool = False) -> torch.Tensor:
     block, but costs the sum of the Kronecker factors (at most 64 each, or K) in place of `block` per element.
     Raises FormatError when `block` has no rotation or does not divide the last dim.
     """
+    # A size captured as symbolic (torch.compile with dynamic=True) has to become a number: it chooses constants.
+    block = operator.index(block)
     if x.dim() == 0 or block < 1 or x.shape[-1] % block:
-        raise FormatError(
-            f"cannot rotate the last dim of {tuple(x.shape)} in blocks of {block}: the block must divide it."
-        )
+        raise FormatError(f"cannot rotate the last dim of {tuple(x.shape)} by {block}: the block must divide it.")
     y = x if x.dtype == torch.float64 else x.to(torch.float32)
     right = block
-    for factor in _factors(block, inverse, y.dtype, y.device):
-        size = factor.shape[0]
+    for size, factor in zip(_factor_sizes(block), _factors(block, inverse, y.dtype, y.device), strict=True):
         right //= size
         # A product from the right is one plain GEMM, where from the left it would be a batch of columns.
         y = y.reshape(-1, size) @ factor.mT if right == 1 else factor @ y.reshape(-1, size, right)

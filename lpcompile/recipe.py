@@ -170,8 +170,8 @@ class Options:
 
     recipe: name, text or Recipe. keep: globs on module names that stay in high precision, added to the recipe's own.
     passes: the pipeline (see `pipeline_with`), None for the standard one. executor, target: "auto" or a target's name.
-    strict: a declined GEMM of a linear layer is an error. prefix: the compiled module's own name inside the model, for
-    regional compilation. inductor: config patches handed to Inductor.
+    strict: a declined GEMM of a linear layer is an error. always: convert also where low precision is predicted slower.
+    prefix: the compiled module's own name inside the model, for regional compilation. inductor: config patches for it.
     """
 
     recipe: Any = "fp8-rowwise"
@@ -180,6 +180,7 @@ class Options:
     executor: Executor = Executor.INDUCTOR
     target: str = "auto"
     strict: bool = False
+    always: bool = False
     prefix: str = ""
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -197,7 +198,7 @@ class Options:
             raise OptionError(f"keep takes globs on module names, not {keep!r}")
         else:
             options["keep"] = tuple(keep)
-        for key, kind in (("strict", bool), ("target", str), ("prefix", str), ("inductor", dict)):
+        for key, kind in (("strict", bool), ("always", bool), ("target", str), ("prefix", str), ("inductor", dict)):
             if key in options and not isinstance(options[key], kind):
                 raise OptionError(f"{key} takes a {kind.__name__}, not {options[key]!r}")
         try:

@@ -52,8 +52,20 @@ def round_to_grid(v: Tensor, elem: Elem, rounding: Rounding = Rounding.RTNE, noi
         return torch.clamp(_round(v, rounding, noise), elem.min, elem.max)
     if elem == F32 and v.dtype == torch.float32:
         return v
-    step = torch.clamp(exponent_floor(v), min=2.0**elem.emin) * 2.0**-elem.man
+    step = _binade(v, elem) * 2.0**-elem.man
     return torch.clamp(_round(v / step, rounding, noise) * step, -elem.max if elem.signed else 0.0, elem.max)
+
+
+def _binade(v: Tensor, elem: Float) -> Tensor:
+    """2^floor(log2 |v|), never below the smallest normal number's."""
+    if elem.exp > 3:
+        return torch.clamp(exponent_floor(v), min=2.0**elem.emin)
+    # A few comparisons vectorise where reading the exponent's bits does not; values beyond the top saturate anyway.
+    magnitude = v.abs()
+    found = torch.full_like(v, 2.0**elem.emin)
+    for exponent in range(elem.emin + 1, elem.emax + 1):
+        found = torch.where(magnitude >= 2.0**exponent, 2.0**exponent, found)
+    return found
 
 
 def _round(units: Tensor, rounding: Rounding, noise: Tensor | None) -> Tensor:
@@ -62,13 +74,14 @@ def _round(units: Tensor, rounding: Rounding, noise: Tensor | None) -> Tensor:
     if rounding is Rounding.TRUNC:
         return torch.trunc(units)
     assert noise is not None, "stochastic rounding needs noise"
-    magnitude = torch.floor(units.abs() + noise)
-    return torch.copysign(magnitude, units)
+    magnitude = units.abs()
+    low = torch.floor(magnitude)
+    # Only the fraction meets the noise: a sum with the whole number would be rounded, up past values on the grid.
+    return torch.copysign(low + torch.floor(magnitude - low + noise), units)
 
 
 def to_codes(value: Tensor, elem: Elem) -> Tensor:
-    """Codes of FP32 values that lie on the grid, in the storage dtype (4-bit codes unpacked, one a byte). NaN gives 0."""
-    value = torch.where(value.isnan(), 0.0, value)
+    """Codes of finite FP32 values that lie on the grid, in the storage dtype (4-bit codes unpacked, one a byte)."""
     if isinstance(elem, Int):
         return value.to(elem.torch_dtype)
     if elem.torch_dtype is not None:
@@ -170,12 +183,15 @@ def _block_scale(blocks: Tensor, quant: Quant) -> Tensor:
     peak = amax(blocks)
     if quant.rule in (Rule.QUEST, Rule.QUEST_PAPER):
         count = blocks.shape[-1] * blocks.shape[-3]
-        power = blocks.square().sum(dim=(-3, -1), keepdim=True) / count
+        # Squares of values near 1 neither overflow nor vanish; a power of two in front changes no bit of the rest.
+        unit = torch.clamp(exponent_floor(peak), min=2.0**-126)
+        near_one = blocks / unit
+        power = near_one.square().sum(dim=(-3, -1), keepdim=True) / count
         if quant.rule is Rule.QUEST_PAPER:
-            mean = blocks.sum(dim=(-3, -1), keepdim=True) / count
+            mean = near_one.sum(dim=(-3, -1), keepdim=True) / count
             power = torch.clamp(power - mean * mean, min=0.0)
         assert quant.quest_clip is not None
-        wanted = torch.sqrt(power) * (quant.quest_clip / quant.target)
+        wanted = torch.sqrt(power) * (quant.quest_clip / quant.target) * unit
         if quant.rule is Rule.QUEST_PAPER:
             wanted = wanted + 1e-8
         return pow2_scale(wanted, quant.rule) * (peak > 0)
@@ -269,20 +285,31 @@ def quantize_blocks(blocks: Tensor, quant: Quant, noise: Tensor | None) -> list[
     mask = None
     if quant.outer is not None:
         scale, outer, grid = _quantize_two_level(wide, quant, noise)
-        parts.append(outer)
+        parts.append(outer.to(torch.float32))
+        valid = torch.eq(outer, outer)
     else:
         scale, scaled = _one_level(wide, quant)
-        grid = round_to_grid(scaled, quant.elem, quant.rounding, noise)
+        grid = _saturated_or_rounded(scaled, quant, noise)
+        valid = torch.eq(scale, scale)
         if quant.masked:
             mask = (scaled.abs() < quant.target).to(torch.uint8)
         if quant.has_outer:
             parts.append(torch.full_like(scale[:, :1, :, :1], 1.0 / quant.constant))
-    codes = to_codes(grid, quant.elem)
+    # A NaN scale marks a block with a NaN or an infinity; its codes are 0.
+    codes = to_codes(torch.where(valid, grid, 0.0), quant.elem)
     if quant.packed and blocks.shape[-1] % 2 == 0:
         codes = pack_nibbles(codes)
     if mask is not None:
         parts.append(pack_bits(mask) if blocks.shape[-1] % 8 == 0 else mask)
     return [codes, encode_scale(scale, quant), *parts]
+
+
+def _saturated_or_rounded(scaled: Tensor, quant: Quant, noise: Tensor | None) -> Tensor:
+    """Grid values; where torch's own cast to the code's dtype rounds to nearest even, that is left to the cast."""
+    elem = quant.elem
+    if isinstance(elem, Float) and elem.torch_dtype is not None and quant.rounding is Rounding.RTNE:
+        return torch.clamp(scaled, -elem.max, elem.max)
+    return round_to_grid(scaled, elem, quant.rounding, noise)
 
 
 BlockKernel = Callable[[Tensor, Quant, "Tensor | None"], list[Tensor]]

@@ -81,7 +81,7 @@ def _refusal(site: Site, role: Role, node: Node, gemm: Gemm | None, decision: De
     if any(value not in (1, 1.0) for value in node.kwargs.values()):
         return f"declined: {node.target} with {dict(node.kwargs)}"
     times = predict(decision, plan.target)
-    if times.native and times.low >= times.high:
+    if times.native and times.low >= times.high and not plan.options.always:
         return f"declined: predicted slower, {times.low:.1f} us against {times.high:.1f} us on {plan.target.name}"
     return None
 

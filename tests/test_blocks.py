@@ -77,7 +77,7 @@ def tiles(shape: tuple[int, int], sizes: tuple[int, int]) -> Iterator[tuple[slic
             yield slice(r, min(r + rows, shape[0])), slice(c, min(c + cols, shape[1]))
 
 
-# ------------------------------------------------------------------------------------------------- a loop over the blocks
+# ---------------------------------------------------------------------------------------------- a loop over the blocks
 
 
 def loop_scale(block: Tensor, quant: Quant, cells: int) -> float:
@@ -130,8 +130,8 @@ def test_quantise_is_a_loop_over_blocks(text: str, axis: int) -> None:
         else:
             scale, outer = loop_scale(block, quant, (sizes[0] or 37) * (sizes[1] or 75)), 1.0
             if quant.rule is Rule.MATCHED:
-                block, outer = block * quant.constant, 1 / quant.constant  # noqa: PLW2901
-            scaled = block / scale
+                outer = 1 / quant.constant
+            scaled = block * quant.constant / scale
         assert scales[index].item() == scale
         expected[rows, cols] = round_to_grid(scaled, quant.elem, quant.rounding) * scale * outer
     assert torch.equal(restored, expected)
@@ -139,7 +139,7 @@ def test_quantise_is_a_loop_over_blocks(text: str, axis: int) -> None:
     assert restored.any()
 
 
-# ------------------------------------------------------------------------------------------------------------ invariants
+# ---------------------------------------------------------------------------------------------------------- invariants
 
 
 @pytest.mark.parametrize("text", ALL)
@@ -159,8 +159,8 @@ def test_contraction_along_rows_is_the_transpose(text: str) -> None:
         assert torch.equal(unpack_bits(along.mask, 70), unpack_bits(across.mask, 33).T)
     values = dequantize(along, quant, 1, 70)
     assert torch.equal(values, dequantize(across, quant, 0, 33).T)
-    other = quantize(x, quant, 0)
-    assert quant.block.symmetric == torch.equal(values, dequantize(other, quant, 0, 70))
+    turned = code_numbers(quantize(x, quant, 0), quant, 70)
+    assert quant.block.symmetric == torch.equal(turned, code_numbers(along, quant, 70))
     assert_same(quantize(x, quant, -1), along)
 
 
@@ -181,7 +181,7 @@ def test_batches_equal_a_loop(text: str, axis: int) -> None:
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("text", ALL)
 def test_padding_is_invisible(text: str, axis: int) -> None:
-    """Zeros appended up to whole blocks change nothing of what was there; what lies in whole blocks does not see the rest."""
+    """Zeros appended up to whole blocks change nothing that was there; whole blocks do not see the rest."""
     quant = Quant.parse(text)
     rows, cols = (size or 1 for size in quant.block.along(axis))
     x = uneven(37, 75)
@@ -219,27 +219,26 @@ def test_a_block_of_zeros(text: str, axis: int) -> None:
         assert outer.item() == 1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("text", ALL)
-def test_nan_and_infinity_spoil_exactly_their_block(text: str, axis: int, bad: float) -> None:
+def test_nan_and_infinity_spoil_exactly_their_block(text: str, axis: int) -> None:
     quant = Quant.parse(text)
     x = uneven(2, 37, 75)
     clean = dequantize(quantize(x, quant, axis), quant, axis, 75)
-    x[0, 21, 70] = bad
-    q = quantize(x, quant, axis)
-    values = dequantize(q, quant, axis, 75)
     spoilt = torch.zeros_like(x, dtype=torch.bool)
     for rows, cols in tiles((37, 75), quant.block.along(axis)):
         inside = rows.start <= 21 < rows.stop and cols.start <= 70 < cols.stop
         spoilt[0, rows, cols] = inside or quant.outer is not None
-    assert torch.equal(values.isnan(), spoilt)
-    assert torch.equal(values[~spoilt], clean[~spoilt])
     assert spoilt.any()
     assert not spoilt.all()
+    for bad in (math.nan, -math.nan, math.inf, -math.inf):
+        x[0, 21, 70] = bad
+        values = dequantize(quantize(x, quant, axis), quant, axis, 75)
+        assert torch.equal(values.isnan(), spoilt)
+        assert torch.equal(values[~spoilt], clean[~spoilt])
 
 
-# ----------------------------------------------------------------------------------------------------------- scale rules
+# --------------------------------------------------------------------------------------------------------- scale rules
 
 
 @pytest.mark.parametrize("elem", ["e2m1", "e2m3", "e3m2", "e4m3", "e5m2", "e4m3all"])
@@ -277,7 +276,8 @@ def test_four_over_six_never_does_worse_than_six() -> None:
         scale = (peak / top / q.outer).to(torch.float8_e4m3fn).float() * q.outer
         grid = round_to_grid(torch.where(scale > 0, blocks / scale, 0.0), quant.elem)
         errors.append((grid * scale - blocks).double().square().sum(-1))
-    assert (best <= errors[0] * (1 + 1e-6) + 1e-30).all()
+    # Dividing by a scale and multiplying by its reciprocal differ at ties, hence the tolerance.
+    assert (best <= errors[0] * (1 + 1e-5) + 1e-30).all()
     torch.testing.assert_close(best, torch.minimum(*errors), rtol=1e-5, atol=1e-30)
     assert 0.1 < (errors[1] < errors[0]).double().mean() < 0.9
     assert decode_scale(q.scale).max() <= 384
@@ -291,7 +291,10 @@ def test_clip_mask(text: str, axis: int) -> None:
     q = quantize(x, quant, axis)
     assert q.mask is not None
     scale = from_blocks(
-        decode_scale(q.scale)[None, :, None, :, None] * torch.ones_like(to_blocks(x, *quant.block.along(axis))), (), 45, 77
+        decode_scale(q.scale)[None, :, None, :, None] * torch.ones_like(to_blocks(x, *quant.block.along(axis))),
+        (),
+        45,
+        77,
     )
     expected = (x / scale).abs() < quant.target
     assert torch.equal(unpack_bits(q.mask, 77), expected)
@@ -321,11 +324,11 @@ def test_the_ends_of_fp32_stay_finite(text: str) -> None:
         assert not decode_scale(q.scale).isnan().any()
         assert not values.isnan().any()
         assert (values * x >= 0).all()
-        if size > 1 and quant.rule not in (Rule.UP, Rule.NEAREST, Rule.QUEST, Rule.QUEST_PAPER, Rule.FLOOR):
+        if size == 1e38 and quant.rule not in (Rule.FLOOR, Rule.QUEST, Rule.QUEST_PAPER):  # those clip on purpose
             assert ((values - x).abs() <= 0.3 * x.abs()).all()
 
 
-# ------------------------------------------------------------------------------------------------- shapes, dtypes, errors
+# ---------------------------------------------------------------------------------------------- shapes, dtypes, errors
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -87,7 +87,7 @@ def finite(fmt: Float) -> list[float]:
     return sorted({v for v in fmt.values() if math.isfinite(v)})
 
 
-# ---------------------------------------------------------------------------------------------------- value tables
+# -------------------------------------------------------------------------------------------------------- value tables
 
 
 @pytest.mark.parametrize("row", CODE_TABLE, ids=lambda r: f"e{r[0]}m{r[1]}")
@@ -194,7 +194,7 @@ def test_parse_elem_tells_integers_from_floats(name: str) -> None:
     assert isinstance(parse_elem(name), Int) == name.startswith("int")
 
 
-# ------------------------------------------------------------------------------------------------------ text forms
+# ---------------------------------------------------------------------------------------------------------- text forms
 
 
 @st.composite
@@ -351,7 +351,7 @@ def test_malformed_texts_name_the_token(text: str, token: str) -> None:
         Quant.parse(text)
 
 
-# ------------------------------------------------------------------------------------------- blocks and quantisations
+# -------------------------------------------------------------------------------------------- blocks and quantisations
 
 
 def test_block_turns_with_the_contraction_axis() -> None:

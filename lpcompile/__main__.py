@@ -1,0 +1,239 @@
+"""`python -m lpcompile recipes | targets | explain MODULE:ATTR`: the methods, the hardware, what becomes of a model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+
+from lpcompile.errors import LowprecError, near_matches
+from lpcompile.explain import Restored, explain
+from lpcompile.recipe import KEEP, Role
+from lpcompile.recipes import ALIASES, RECIPES
+from lpcompile.report import WIDTH, Report
+from lpcompile.target import TARGETS
+
+DTYPES = {
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "f32": torch.float32,
+    "f64": torch.float64,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, or 2 with one line on stderr for what the user mistyped."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (LowprecError, _UsageError) as error:
+        sys.stderr.write(f"lpcompile: {' '.join(str(error).split())}\n")
+        return 2
+    return 0
+
+
+class _UsageError(Exception):
+    """Something on the command line names nothing, or does not fit."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m lpcompile", description="What low precision makes of a model.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    recipes = commands.add_parser("recipes", help="the training methods: three GEMMs each, and what they keep")
+    recipes.set_defaults(run=_recipes)
+    targets = commands.add_parser("targets", help="the hardware: matrix rates by operand kind, memory, launch cost")
+    targets.set_defaults(run=_targets)
+
+    about = "compile a model with the reference executor, run it once, and say what became of each GEMM and why"
+    command = commands.add_parser("explain", help=about, description=about)
+    command.set_defaults(run=_explain)
+    command.add_argument("model", metavar="MODULE:ATTR", help="an nn.Module, or a function that makes one or (it, inputs)")
+    command.add_argument("--recipe", default="fp8-rowwise", help="a recipe's name or text (default: %(default)s)")
+    command.add_argument("--target", default="auto", help="the hardware to predict for (default: this machine)")
+    command.add_argument("--keep", action="append", default=[], metavar="GLOB", help="layers to leave alone (repeatable)")
+    command.add_argument("--input", action="append", default=[], metavar="2x16", help="shape of an input (repeatable)")
+    command.add_argument(
+        "--dtype", action="append", default=[], choices=DTYPES, help="dtype of each input, or one for all (default: f32)"
+    )
+    command.add_argument("--graph", metavar="PASS", help="print the graph after this pass; 'input': as traced")
+    command.add_argument("--full", action="store_true", help="one line a layer and GEMM, equal layers not merged")
+    for described in (recipes, targets, command):
+        described.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+# ---- recipes and targets -----------------------------------------------------------------------------------------
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    if args.json:
+        gemms = [{str(role): str(recipe.gemm(role) or "hp") for role in Role} for recipe in RECIPES]
+        found = [{"name": r.name, **gemm, "keep": list(r.keep)} for r, gemm in zip(RECIPES, gemms, strict=True)]
+        _write(json.dumps(found, indent=1))
+        return
+    table = _table("recipe", *Role)
+    for recipe in RECIPES:
+        table.add_row(*(Text(str(cell)) for cell in (recipe.name, *(recipe.gemm(role) or "hp" for role in Role))))
+    console = _console()
+    console.print(table)
+    lines = [
+        "fprop Y = X W^T, dgrad dX = dY W, wgrad dW = dY^T X; each GEMM's own (outer, contraction) coordinates",
+        "element:block[:scale][:rule][:rounding]; hp: stays in high precision",
+        f"every recipe keeps layers named {' '.join(KEEP)}",
+        *(f"recipe {r.name} keeps {' '.join(r.keep) or 'none'} instead" for r in RECIPES if r.keep != KEEP),
+        f"other names: {', '.join(f'{alias} = {name}' for alias, name in ALIASES.items())}",
+    ]
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _targets(args: argparse.Namespace) -> None:
+    if args.json:
+        _write(json.dumps([asdict(target) for target in TARGETS], indent=1))
+        return
+    kinds = list(dict.fromkeys(kind for target in TARGETS for kind in target.rates))
+    table = _table("target", *kinds, "memory TB/s", "launch us")
+    for target in TARGETS:
+        rates = [f"{target.rates[kind]:g}" if kind in target.rates else "-" for kind in kinds]
+        table.add_row(target.name, *rates, f"{target.bandwidth:g}", f"{target.launch:g}")
+    console = _console()
+    console.print(table)
+    line = "dense TFLOP/s by operand kind; -: no instruction, the operands are decoded and multiplied in bf16 or f32"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, overflow="fold")
+    return table
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, WIDTH))
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+# ---- explain -----------------------------------------------------------------------------------------------------
+
+
+def _explain(args: argparse.Namespace) -> None:
+    shapes = [_shape(text) for text in args.input]
+    names = args.dtype or ["f32"]
+    if len(names) not in (1, len(shapes)):
+        raise _UsageError(f"{len(names)} --dtype for {len(shapes)} --input: give one for all, or one each")
+    dtypes = [DTYPES[name] for name in (names * len(shapes) if len(names) == 1 else names)]
+    # Before the model is built, which may take a while: a mistyped recipe or target is known at once.
+    explain(nn.Identity(), recipe=args.recipe, target=args.target, keep=args.keep)
+    model, positional, keywords = _load(args.model)
+    if shapes:
+        positional, keywords = [_example(model, *each) for each in zip(shapes, dtypes, strict=True)], {}
+    _check_inputs(model, positional, keywords)
+    run = explain(model, recipe=args.recipe, target=args.target, keep=args.keep)
+    report = run(*positional, **keywords)
+    if not report.rows:
+        sys.stderr.write(f"lpcompile: no GEMM was traced in {args.model}\n")
+    _show(report, args)
+
+
+def _show(report: Report, args: argparse.Namespace) -> None:
+    if args.graph:
+        for index in range(len(report.traces)):
+            _write(f"# graph {index} after {args.graph}\n{report.graph(args.graph, index).strip()}\n")
+    elif args.json:
+        _write(report.to_json())
+    else:
+        report.print(compact=not args.full)
+
+
+def _shape(text: str) -> list[int]:
+    sizes = text.split("x")
+    if not all(size.isascii() and size.isdecimal() for size in sizes):
+        raise _UsageError(f"--input {text!r} is not a shape; write e.g. 2x16")
+    return [int(size) for size in sizes]
+
+
+def _example(model: nn.Module, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Gaussian numbers, or integers that every embedding of the model can look up."""
+    if dtype.is_floating_point:
+        return torch.randn(shape).to(dtype)
+    rows = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+    return torch.randint(0, min(rows, default=2), shape).to(dtype)
+
+
+def _load(path: str) -> tuple[nn.Module, list[Any], dict[str, Any]]:
+    """The module that MODULE:ATTR names or makes, and the inputs that come with it."""
+    made, inputs = _find(path), None
+    if not isinstance(made, nn.Module) and callable(made):
+        try:
+            inspect.signature(made).bind()
+        except TypeError as error:
+            raise _UsageError(f"{path} cannot be called without arguments: {error}") from None
+        made = made()
+    if isinstance(made, tuple) and len(made) == 2:
+        made, inputs = made
+    if not isinstance(made, nn.Module):
+        raise _UsageError(f"{path} is no nn.Module and makes none, but a {type(made).__name__}")
+    if isinstance(inputs, dict):
+        return made, [], inputs
+    return made, list(inputs) if isinstance(inputs, tuple | list) else [] if inputs is None else [inputs], {}
+
+
+def _find(path: str) -> Any:
+    module, colon, attribute = path.partition(":")
+    if not (module and colon and attribute):
+        raise _UsageError(f"{path!r}: write MODULE:ATTR, e.g. mypackage.models:build")
+    # As under `python -m`: what stands in the current folder can be imported.
+    here = str(pathlib.Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+    except ImportError as error:
+        raise _UsageError(f"cannot import {module!r}: {error}") from None
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            names = [name for name in dir(found) if not name.startswith("_")]
+            raise _UsageError(f"{module!r} has no {attribute!r}.{near_matches(part, names)}")
+        found = getattr(found, part)
+    return found
+
+
+def _check_inputs(model: nn.Module, positional: list[Any], keywords: dict[str, Any]) -> None:
+    """One run without a compiler: what fails here has nothing to do with low precision, and eager says it in one line."""
+    try:
+        inspect.signature(model.forward).bind(*positional, **keywords)
+    except TypeError as error:
+        hint = "give --input SHAPE for each, or a function that returns (module, inputs)"
+        raise _UsageError(f"{type(model).__name__}.forward: {error}; {hint}") from None
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), Restored(model):
+        try:
+            model(*positional, **keywords)
+        except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+            raise _UsageError(f"the model does not run on these inputs, compiled or not: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
