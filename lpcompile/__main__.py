@@ -64,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     about = "compile a model with the reference executor, run it once, and say what became of each GEMM and why"
     command = commands.add_parser("explain", help=about, description=about)
     command.set_defaults(run=_explain)
-    command.add_argument("model", metavar="MODULE:ATTR", help="an nn.Module, or a function that makes one or (it, inputs)")
+    command.add_argument("model", metavar="MODULE:ATTR", help="a module, or a function that makes one or (it, inputs)")
     command.add_argument("--recipe", default="fp8-rowwise", help="a recipe's name or text (default: %(default)s)")
-    command.add_argument("--target", default="auto", help="the hardware to predict for (default: this machine)")
-    command.add_argument("--keep", action="append", default=[], metavar="GLOB", help="layers to leave alone (repeatable)")
-    command.add_argument("--input", action="append", default=[], metavar="2x16", help="shape of an input (repeatable)")
+    command.add_argument("--target", default="auto", help="hardware to predict for (default: this machine)")
+    command.add_argument("--keep", action="append", default=[], metavar="GLOB", help="layers to leave alone")
+    command.add_argument("--input", action="append", default=[], metavar="2x16", help="shape of one input")
     command.add_argument(
-        "--dtype", action="append", default=[], choices=DTYPES, help="dtype of each input, or one for all (default: f32)"
+        "--dtype", action="append", default=[], choices=DTYPES, help="dtype of each input, or of all (default: f32)"
     )
     command.add_argument("--graph", metavar="PASS", help="print the graph after this pass; 'input': as traced")
     command.add_argument("--full", action="store_true", help="one line a layer and GEMM, equal layers not merged")
@@ -222,7 +222,7 @@ def _find(path: str) -> Any:
 
 
 def _check_inputs(model: nn.Module, positional: list[Any], keywords: dict[str, Any]) -> None:
-    """One run without a compiler: what fails here has nothing to do with low precision, and eager says it in one line."""
+    """One run without a compiler, which says in one line what does not fit and has nothing to do with us."""
     try:
         inspect.signature(model.forward).bind(*positional, **keywords)
     except TypeError as error:

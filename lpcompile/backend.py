@@ -227,10 +227,9 @@ class _Reference(Interpreter):
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
         if pipeline.capturing() and n.target is torch.ops.lowprec.quantize.default and "lowprec" in n.meta:
-            source = self.fetch_args_kwargs_from_env(n)[0][0]
-            info = n.meta["lowprec"]
+            source, cast, *seeds = self.fetch_args_kwargs_from_env(n)[0]
             for trace in self.traces:
-                trace.sqnr[f"{info['base']}|{info['cast']}"] = ops.sqnr(source, result, info["cast"])
+                trace.sqnr[f"{n.meta['lowprec']['base']}|{cast}"] = ops.sqnr(source, result, cast, *seeds)
         return result
 
 

@@ -71,6 +71,16 @@ def run_quantize(x: Tensor, cast: Cast, noise: Tensor | None = None) -> list[Ten
 
 
 @functools.cache
+def _noise_kernel(draw: Callable[[int, Tensor], Tensor]) -> Callable[..., Tensor]:
+    return _compiled(draw, draw.__name__)
+
+
+def run_noise(draw: Callable[[int, Tensor], Tensor], count: int, key: Tensor) -> Tensor:
+    """`philox.uniform` or `philox.uniform8`, compiled."""
+    return draw(count, key) if count < _SMALL else _noise_kernel(draw)(count, key)
+
+
+@functools.cache
 def _decode_kernel(cast: Cast, scaled: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
     def kernel(codes: Tensor, scale: Tensor) -> Tensor:
         values = scaled_blocks(codes, scale, cast.quant) if scaled else from_codes(codes, cast.quant.elem)

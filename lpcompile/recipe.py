@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -28,25 +29,68 @@ class Role(enum.StrEnum):
     WGRAD = "wgrad"
 
 
+class Signs(enum.StrEnum):
+    """The random signs that a rotation multiplies with before it turns."""
+
+    NONE = ""
+    FIXED = "fixed"  # one vector for the whole run
+    DRAWN = "drawn"  # a new one at each step, the same for both operands of a GEMM
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """An orthonormal Hadamard rotation of each `block` elements along a GEMM's contraction: x -> (x * signs) H.
+
+    Both operands are turned alike, so the rotation cancels in the product. Text form: `h16`, `h32drawn`, `h16fixed`.
+    """
+
+    block: int
+    signs: Signs = Signs.NONE
+
+    def __post_init__(self) -> None:
+        if self.block < 2 or self.block & (self.block - 1):
+            raise RecipeError(f"a rotation turns blocks of a power of two, not {self.block}")
+
+    def __str__(self) -> str:
+        return f"h{self.block}{self.signs}"
+
+    @staticmethod
+    def parse(text: str) -> Rotation:
+        match = re.fullmatch(r"h(\d+)(fixed|drawn|)", text)
+        if not match:
+            raise RecipeError(f"{text!r} is not a rotation; write e.g. h16, h16fixed or h32drawn")
+        return Rotation(int(match[1]), Signs(match[2]))
+
+
 @dataclass(frozen=True)
 class Gemm:
-    """How the operands of one GEMM are quantised. None keeps that operand in high precision."""
+    """How the operands of one GEMM are quantised, and turned before. None keeps that operand in high precision.
+
+    Text form: `<quant> @ <quant>[ * <rotation>]`. Raises RecipeError for a rotation of only one operand.
+    """
 
     a: Quant | None
     b: Quant | None
+    rotation: Rotation | None = None
+
+    def __post_init__(self) -> None:
+        if self.rotation is not None and (self.a is None or self.b is None):
+            raise RecipeError("a rotation cancels only where both operands are turned: neither may be hp")
 
     def __str__(self) -> str:
-        return f"{self.a or 'hp'} @ {self.b or 'hp'}"
+        return f"{self.a or 'hp'} @ {self.b or 'hp'}" + (f" * {self.rotation}" if self.rotation else "")
 
     @staticmethod
     def parse(text: str) -> Gemm | None:
         """`int8:row @ int8:row`, `e4m3:1x128 @ hp`; `hp` alone is None: the GEMM stays as it is."""
         if text.strip() == "hp":
             return None
+        text, star, rotation = text.partition("*")
         sides = [side.strip() for side in text.split("@")]
         if len(sides) != 2:
             raise RecipeError(f"{text!r} is not a GEMM; write 'quant @ quant', e.g. 'e4m3:row @ e4m3:row', or 'hp'")
-        return Gemm(*(None if side == "hp" else Quant.parse(side) for side in sides))
+        a, b = (None if side == "hp" else Quant.parse(side) for side in sides)
+        return Gemm(a, b, Rotation.parse(rotation.strip()) if star else None)
 
 
 # Never converted: output heads, embeddings and adapters, by the names that common models and PEFT give them.
@@ -57,7 +101,7 @@ KEEP = ("*lm_head*", "*embed*", "*wte", "*wpe", "*classifier*", "*score", "*outp
 class Recipe:
     """A training method: the three GEMMs, and which layers stay in high precision (globs on module names).
 
-    Text form: `fprop: <gemm>; dgrad: <gemm>; wgrad: <gemm>[; keep: glob glob]`; a GEMM left out stays in high precision.
+    Text form: `fprop: <gemm>; dgrad: <gemm>; wgrad: <gemm>[; keep: glob glob][; keep_last: share]`; a GEMM left out stays in high precision.
     """
 
     name: str
@@ -65,6 +109,7 @@ class Recipe:
     dgrad: Gemm | None = None
     wgrad: Gemm | None = None
     keep: tuple[str, ...] = KEEP
+    keep_last: float = 0.0  # this share of the numbered blocks, at the end of the model, stays in high precision too
 
     def gemm(self, role: Role) -> Gemm | None:
         found: Gemm | None = getattr(self, role.value)
@@ -77,7 +122,8 @@ class Recipe:
 
     def __str__(self) -> str:
         text = "; ".join(f"{role}: {self.gemm(role) or 'hp'}" for role in Role)
-        return text if self.keep == KEEP else f"{text}; keep: {' '.join(self.keep)}"
+        text += "" if self.keep == KEEP else f"; keep: {' '.join(self.keep)}"
+        return text + (f"; keep_last: {self.keep_last!r}" if self.keep_last else "")
 
     @staticmethod
     def parse(text: str, name: str = "custom") -> Recipe:
@@ -86,41 +132,70 @@ class Recipe:
         for part in filter(None, (p.strip() for p in text.split(";"))):
             key, colon, value = part.partition(":")
             key = key.strip()
-            if not colon or key not in (*Role, "keep"):
-                raise RecipeError(f"{part!r} in a recipe: expected fprop:, dgrad:, wgrad: or keep:")
+            if not colon or key not in (*Role, "keep", "keep_last"):
+                raise RecipeError(f"{part!r} in a recipe: expected fprop:, dgrad:, wgrad:, keep: or keep_last:")
             if key in parts:
                 raise RecipeError(f"{key} is given twice in {text!r}")
-            parts[key] = tuple(value.split()) if key == "keep" else Gemm.parse(value)
+            parts[key] = _part(key, value)
         return Recipe(name, **parts)
+
+
+def _part(key: str, value: str) -> Any:
+    if key == "keep":
+        return tuple(value.split())
+    if key != "keep_last":
+        return Gemm.parse(value)
+    try:
+        share = float(value)
+    except ValueError:
+        share = -1.0
+    if not 0.0 <= share <= 1.0:
+        raise RecipeError(f"keep_last takes a share of the blocks between 0 and 1, not {value.strip()!r}")
+    return share
 
 
 @dataclass(frozen=True)
 class Cast:
-    """One quantisation as the graph holds it: the Quant and the storage axis (0 rows, 1 columns) of its contraction.
+    """One quantisation as the graph holds it: the Quant, the storage axis (0 rows, 1 columns) of its contraction, and the
+    rotation along that axis that comes first (zero-padding it to whole blocks, rounding to the tensor's own dtype).
 
-    Text form: `<quant>|<axis>`. Blocks that look the same from both axes are normalised to axis 1, so that one
+    Text form: `<quant>|<axis>[|<rotation>]`. Without a rotation, blocks that look the same from both axes are normalised to axis 1, so that one
     quantisation serves GEMMs that contract either way.
     """
 
     quant: Quant
     axis: int
+    rotation: Rotation | None = None
 
     def __post_init__(self) -> None:
         if self.axis not in (0, 1):
             raise OptionError(f"a cast contracts storage axis 0 or 1, not {self.axis}")
         # A packed or masked result depends on storage order only, so symmetry of the block is all that matters.
-        if self.quant.block.symmetric and self.axis == 0:
+        if self.quant.block.symmetric and self.axis == 0 and self.rotation is None:
             object.__setattr__(self, "axis", 1)
 
+    @property
+    def random(self) -> bool:
+        """True where the result depends on the step's seed."""
+        return self.quant.rounding.stochastic or (self.rotation is not None and self.rotation.signs is Signs.DRAWN)
+
+    def turned(self, shape: Sequence[Any]) -> list[Any]:
+        """`shape` with the contraction padded to whole rotation blocks (ints or SymInts)."""
+        found = list(shape)
+        if self.rotation is not None:
+            block = self.rotation.block
+            found[-2 + self.axis] = (found[-2 + self.axis] + block - 1) // block * block
+        return found
+
     def __str__(self) -> str:
-        return f"{self.quant}|{self.axis}"
+        return f"{self.quant}|{self.axis}" + (f"|{self.rotation}" if self.rotation else "")
 
     @staticmethod
     def parse(text: str) -> Cast:
-        quant, bar, axis = text.partition("|")
-        if not bar or axis not in ("0", "1"):
-            raise RecipeError(f"{text!r} is not a cast; write '<quant>|0' or '<quant>|1'")
-        return Cast(Quant.parse(quant), int(axis))
+        quant, *rest = text.split("|")
+        if not 1 <= len(rest) <= 2 or rest[0] not in ("0", "1"):
+            raise RecipeError(f"{text!r} is not a cast; write '<quant>|0' or '<quant>|1', then perhaps '|<rotation>'")
+        return Cast(Quant.parse(quant), int(rest[0]), Rotation.parse(rest[1]) if len(rest) == 2 else None)
 
 
 @dataclass(frozen=True)

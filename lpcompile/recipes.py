@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from lpcompile.errors import RecipeError, near_matches
 from lpcompile.formats import Quant
-from lpcompile.recipe import Gemm, Recipe
+from lpcompile.recipe import Gemm, Recipe, Rotation
 
 
-def _gemm(a: str, b: str) -> Gemm:
-    return Gemm(Quant.parse(a), Quant.parse(b))
+def _gemm(a: str, b: str, rotation: str | None = None) -> Gemm:
+    return Gemm(Quant.parse(a), Quant.parse(b), Rotation.parse(rotation) if rotation else None)
 
 
 # Y = X W^T, dX = E W, dW = E^T X: nothing is touched; the compiled code is bitwise Inductor's.
@@ -60,7 +60,25 @@ MXFP8 = Recipe("mxfp8", fprop=_MXFP8, dgrad=_MXFP8, wgrad=_MXFP8)
 _INT8 = _gemm("int8:row", "int8:row")
 INT8_ROWWISE = Recipe("int8-rowwise", fprop=_INT8, dgrad=_INT8, wgrad=_INT8)
 
-RECIPES = (NONE, FP8_TENSORWISE, FP8_ROWWISE, FP8_ROWWISE_GW_HP, DEEPSEEK, MXFP8, INT8_ROWWISE)
+# MXFP4, plain: 1x32 blocks along each contraction, E8M0 scales rounded up, nearest-even everywhere.
+_MXFP4 = _gemm("e2m1:1x32:e8m0:up", "e2m1:1x32:e8m0:up")
+MXFP4 = Recipe("mxfp4", fprop=_MXFP4, dgrad=_MXFP4, wgrad=_MXFP4)
+
+# NVIDIA's NVFP4 pre-training (arXiv 2509.25149): E2M1 with an E4M3 scale per 16 and an FP32 scale per tensor. Weights in
+# 16x16 blocks, so that fprop and dgrad see one weight; gradients rounded stochastically, each GEMM with a stream of its own;
+# the operands of wgrad turned by a random Hadamard of 16 along tokens (one fixed sign vector). The last 15 % of the
+# blocks keep high precision.
+# Y = Q(X) Q16(W)^T         dX = Qsr(E) Q16(W)         dW = Qsr(E^T R) Q(X^T R)^T
+_FP4 = "e2m1:1x16:e4m3+f32"
+NVFP4 = Recipe(
+    "nvfp4",
+    fprop=_gemm(_FP4, "e2m1:16x16:e4m3+f32"),
+    dgrad=_gemm(_FP4 + ":sr", "e2m1:16x16:e4m3+f32"),
+    wgrad=_gemm(_FP4 + ":sr", _FP4, "h16fixed"),
+    keep_last=0.15,
+)
+
+RECIPES = (NONE, FP8_TENSORWISE, FP8_ROWWISE, FP8_ROWWISE_GW_HP, DEEPSEEK, MXFP8, INT8_ROWWISE, MXFP4, NVFP4)
 
 # torchao's names for the same methods.
 ALIASES = {"tensorwise": "fp8-tensorwise", "rowwise": "fp8-rowwise", "rowwise_with_gw_hp": "fp8-rowwise-gw-hp"}

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +23,15 @@ from lpcompile.recipe import Role
 
 # Where nobody looks at a terminal, lines longer than its default of 80 columns do no harm and folded cells do.
 WIDTH = 140
+# Name, width that the column needs, and whether what is wider folds (the others never are).
+_COLUMNS = (
+    ("GEMM", 5, False),
+    ("M x N x K", 12, True),
+    ("casts a @ b", 12, True),
+    ("us, was > now", 13, False),
+    ("saved", 9, False),
+    ("dB a/b", 9, False),
+)
 _STYLES = {"converted": "", "kept": "dim", "declined": "yellow"}
 # A number that stands alone between separators: the 0 of layers.0.fc1, but not the 1, nor the ordinal behind a #.
 _NUMBER = re.compile(r"(?<![A-Za-z0-9#])\d+(?![A-Za-z0-9])")
@@ -34,7 +43,7 @@ class Row:
 
     time_high, time_low: predicted microseconds as it was and as it is now, with the casts of its operands. saved:
     bytes of codes and scales that forward keeps for the site's backward; saved_high: bytes of those operands in high
-    precision (both at fprop; parameters count nothing in high precision). sqnr: dB by operand, inf where nothing is lost.
+    precision, parameters counting nothing (both at fprop). sqnr: dB by operand, inf where nothing is lost.
     """
 
     graph: int
@@ -70,7 +79,7 @@ class Row:
 
     @property
     def why(self) -> str:
-        """The reason in a few words: up to the first comma or bracket, and that a GEMM is converted goes without saying."""
+        """The reason in a few words: up to the first comma or bracket, without the word converted."""
         return re.split(r"[,(]", self.reason.removeprefix("converted: "), maxsplit=1)[0].strip()
 
 
@@ -152,16 +161,14 @@ class Report:
         counts, graphs = compact and any(count > 1 for _, count in lines), not compact and len(self.traces) > 1
         title = Text(f"{self.recipe} on {self.target}: {self.converted} of {len(self.rows)} GEMMs converted")
         table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title_justify="left")
-        table.add_column("layer", overflow="fold")
+        longest = max((len(row.name) for row, _ in lines), default=0)
+        table.add_column("layer", overflow="fold", min_width=min(longest, 28))
         if counts or graphs:
-            table.add_column("" if counts else "graph", justify="right", no_wrap=True)
-        table.add_column("GEMM", no_wrap=True)
-        table.add_column("M x N x K", justify="right", overflow="fold")
-        table.add_column("casts a @ b", overflow="fold")
-        table.add_column("us, was > now", justify="right", no_wrap=True)
-        table.add_column("saved", justify="right", no_wrap=True)
-        table.add_column("dB a/b", justify="right", no_wrap=True)
-        table.add_column("what and why", no_wrap=True, overflow="ellipsis", max_width=26)
+            table.add_column("" if counts else "graph", justify="right", no_wrap=True, min_width=3)
+        for name, width, folds in _COLUMNS:
+            justify: JustifyMethod = "left" if name in ("GEMM", "casts a @ b") else "right"
+            table.add_column(name, justify=justify, min_width=width, no_wrap=not folds, overflow="fold")
+        table.add_column("what and why", no_wrap=True, overflow="ellipsis", max_width=30)
         numbers = {reason: number for number, reason in enumerate(self.reasons(), 1)}
         for row, count in lines:
             extra = [str(row.graph)] if graphs else [f"x{count}" if count > 1 else ""] if counts else []
@@ -187,11 +194,10 @@ class Report:
             lines.append("casts: element:block[:scale][:rule][:rounding], to nearest even where nothing is said")
         saved = self.saved()
         if saved.codes or saved.other:
-            compared = f" (those operands in high precision: {_bytes(saved.high)})" if saved.codes else ""
-            lines.append(
-                f"saved for backward: {_bytes(saved.codes)} of codes and scales{compared}, "
-                f"{_bytes(saved.other)} of everything else"
-            )
+            high = f" (those operands in high precision: {_bytes(saved.high)}, weights being alive anyway)"
+            compared = high if saved.codes else ""
+            line = f"saved for backward: {_bytes(saved.codes)} of codes and scales{compared}"
+            lines.append(f"{line}, {_bytes(saved.other)} of everything else")
         return lines
 
     def print(self, console: Console | None = None, *, compact: bool = True) -> None:
@@ -302,8 +308,8 @@ def _smallest(values: Iterable[float]) -> float:
 
 def _cells(row: Row) -> list[str]:
     """Sizes, casts, times, saved bytes and SQNR as the table shows them."""
-    size = "x".join((row.m, row.n, row.k))
-    size = size if "=" not in size else f"{row.m} x {row.n} x {row.k}"
+    size = f"{row.m} x {row.n} x {row.k}"
+    size = size if "=" in size else size.replace(" ", "")
     casts = row.a if row.a == row.b else f"{row.a} @ {row.b}"
     times = f"{_time(row.time_high)} > {_time(row.time_low)}" if row.converted else _time(row.time_high)
     sqnr = "/".join(_decibel(row.sqnr.get(name)) for name in ("a", "b")) if row.sqnr else ""

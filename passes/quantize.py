@@ -38,6 +38,8 @@ class _Rewriter:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
         self.casts: dict[tuple[Node, Cast], list[Node]] = {}
+        self.spins: dict[tuple[Role | None, Node], int] = {}
+        self.seed: Node | None = None
 
     def rewrite(self, node: Node, decision: Decision) -> None:
         assert decision.gemm is not None and decision.site is not None
@@ -51,11 +53,12 @@ class _Rewriter:
                 sides.append(([operand.node], DotOperand(None, operand.transposed)))
                 continue
             # The contraction is the left operand's last axis and the right one's first, in storage order.
-            cast = Cast(quant, (1 - position) ^ int(operand.transposed))
+            cast = Cast(quant, (1 - position) ^ int(operand.transposed), decision.gemm.rotation)
             # The input's copy for wgrad belongs to the forward pass: its codes are saved, not the tensor.
             anchor = site.nodes[Role.FPROP] if operand.node is site.x.node else node
             decision.casts[name] = f"{operand.node.name}|{cast}"
-            sides.append((self.cast(operand.node, cast, anchor, site.key), DotOperand(cast, operand.transposed)))
+            parts = self.cast(operand.node, cast, anchor, site.key, self._spin(decision))
+            sides.append((parts, DotOperand(cast, operand.transposed)))
         (left, left_operand), (right, right_operand) = sides
         args = (
             left,
@@ -76,11 +79,30 @@ class _Rewriter:
         other = decision.site.x if decision.role is Role.WGRAD else decision.site.w
         return operand.node is other.node
 
-    def cast(self, base: Node, cast: Cast, anchor: Node, site: str) -> list[Node]:
+    def _spin(self, decision: Decision) -> int:
+        """The number of a GEMM's sign vector. GEMMs that contract with one tensor share it, so that its cast can be shared:
+        the weight in fprop and dgrad, the input in wgrad."""
+        assert decision.site is not None
+        site = decision.site
+        shared = {Role.FPROP: site.x, Role.DGRAD: site.w, Role.WGRAD: site.x}[decision.role or Role.FPROP].node
+        return self.spins.setdefault((decision.role, shared), len(self.spins))
+
+    def _seed(self, anchor: Node) -> Node:
+        """The step's one seed, drawn where it is first needed. Saved, never recomputed: a second draw would differ."""
+        if self.seed is None:
+            self.seed = insert_call(self.graph, anchor, torch.ops.lowprec.draw_seed.default, (gemm_operands(anchor)[0],))
+            for key in ("recompute", "ac_graph_id"):
+                self.seed.meta.pop(key, None)
+        return self.seed
+
+    def cast(self, base: Node, cast: Cast, anchor: Node, site: str, spin: int) -> list[Node]:
         """The parts of `base` under `cast`, made before `anchor` unless they exist."""
         found = self.casts.get((base, cast))
         if found is None:
-            call = insert_call(self.graph, anchor, torch.ops.lowprec.quantize.default, (base, str(cast)))
+            args: tuple[Any, ...] = (base, str(cast))
+            if cast.random:
+                args = (*args, self._seed(anchor), len(self.casts), spin)
+            call = insert_call(self.graph, anchor, torch.ops.lowprec.quantize.default, args)
             names = cast.quant.parts
             found = []
             for index, name in enumerate(names):
