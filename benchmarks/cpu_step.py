@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -172,7 +173,7 @@ def compare(cases: Sequence[Case], turns: int, steps: int, progress: Progress) -
 
 def table(rows: Sequence[Row]) -> Table:
     """One line a variant; each ratio is to Inductor without us, for the same model."""
-    shown = Table(title="Training step and compile time on this CPU; inductor is the run without us", padding=(0, 0))
+    shown = Table(title="Step and compile time on this CPU; inductor is the run without us", box=SIMPLE_HEAD, padding=0)
     for heading in ("dtype", "hidden", "run", "ms/step", "ratio", "cold s", "ratio", "warm s", "ratio"):
         shown.add_column(heading, justify="left" if heading in {"dtype", "run"} else "right", no_wrap=True)
     for row in rows:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -126,7 +127,7 @@ def warm_median(milliseconds: Sequence[float]) -> float:
 def results_table(outcomes: Sequence[Outcome], title: str) -> Table:
     """Loss, speed and compile time of each run beside the first one."""
     baseline = outcomes[0]
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=0)
     trained, had_before = bool(baseline.losses), baseline.before is not None
     headings = ["run", *(["before"] if had_before else []), "held-out", "gap"]
     if trained:

@@ -1,9 +1,9 @@
 """lpcompile: `torch.compile(model, backend="lowprec")` trains a model in FP8, INT8 and FP4 without touching it.
 
-    import lpcompile as lp
-    lp.explain(model, recipe="fp8-rowwise")(*inputs).print()      what becomes of each GEMM, and why
-    with lp.capture() as seen: compiled(x).sum().backward()       the rewritten graphs of what compiles inside
-    torch.compile(model, backend="lowprec", options={"passes": lp.pipeline_with(my_pass, after="quantize")})
+import lpcompile as lp
+lp.explain(model, recipe="fp8-rowwise")(*inputs).print()      what becomes of each GEMM, and why
+with lp.capture() as seen: compiled(x).sum().backward()       the rewritten graphs of what compiles inside
+torch.compile(model, backend="lowprec", options={"passes": lp.pipeline_with(my_pass, after="quantize")})
 """
 
 from lpcompile.backend import lowprec, pipeline_with

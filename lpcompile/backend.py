@@ -210,7 +210,15 @@ class _Slot(CustomGraphPass):
                 return None
         c = self.compiler
         steps = tuple(step.digest for step in c.steps)
-        options = (str(c.recipe), c.recipe.name, c.options.keep, c.options.strict, c.options.always, c.options.prefix, c.target.name)
+        options = (
+            str(c.recipe),
+            c.recipe.name,
+            c.options.keep,
+            c.options.strict,
+            c.options.always,
+            c.options.prefix,
+            c.target.name,
+        )
         return (source_digest(), options, steps, tuple(sorted(c.parameters.items())), self.names, user)
 
 

@@ -16,6 +16,7 @@ import functools
 import itertools
 import math
 import operator
+from contextlib import nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -260,9 +261,13 @@ def rotate(x: torch.Tensor, block: int, inverse: bool = False) -> torch.Tensor:
     if x.dim() == 0 or block < 1 or x.shape[-1] % block:
         raise FormatError(f"cannot rotate the last dim of {tuple(x.shape)} by {block}: the block must divide it.")
     y = x if x.dtype == torch.float64 else x.to(torch.float32)
-    right = block
-    for size, factor in zip(_factor_sizes(block), _factors(block, inverse, y.dtype, y.device), strict=True):
-        right //= size
-        # A product from the right is one plain GEMM, where from the left it would be a batch of columns.
-        y = y.reshape(-1, size) @ factor.mT if right == 1 else factor @ y.reshape(-1, size, right)
+    # Autocast would turn these matmuls into bfloat16 ones; a device without autocast (meta) refuses to be asked.
+    device = y.device.type
+    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with exact:
+        right = block
+        for size, factor in zip(_factor_sizes(block), _factors(block, inverse, y.dtype, y.device), strict=True):
+            right //= size
+            # A product from the right is one plain GEMM, where from the left it would be a batch of columns.
+            y = y.reshape(-1, size) @ factor.mT if right == 1 else factor @ y.reshape(-1, size, right)
     return y.reshape(x.shape)

@@ -124,7 +124,9 @@ def _quantize_fake(x: Tensor, cast: str, seed: Tensor | None = None, use: int = 
         raise FormatError(f"quantize takes floating-point tensors, not {x.dtype}")
     if x.dim() < 2:
         raise FormatError(f"quantize takes matrices, not a tensor of shape {tuple(x.shape)}")
-    return [x.new_empty(shape, dtype=dtype) for shape, dtype in reference.part_shapes(spec.quant, spec.axis, spec.turned(x.shape))]
+    return [
+        x.new_empty(shape, dtype=dtype) for shape, dtype in reference.part_shapes(spec.quant, spec.axis, spec.turned(x.shape))
+    ]
 
 
 # ---- dequantize --------------------------------------------------------------------------------------------------
@@ -208,9 +210,7 @@ def _define() -> None:
 _define()
 
 
-def sqnr(
-    x: Tensor, parts: Sequence[Tensor], cast: str, seed: Tensor | None = None, use: int = 0, spin: int = 0
-) -> float:
+def sqnr(x: Tensor, parts: Sequence[Tensor], cast: str, seed: Tensor | None = None, use: int = 0, spin: int = 0) -> float:
     """Signal to quantisation-noise ratio of a cast in dB (inf where nothing is lost)."""
     x = turn(x, parse_cast(cast), seed, spin)
     decoded = dequantize_reference(list(parts), cast, x.shape[-1], torch.float32).double()

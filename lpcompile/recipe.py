@@ -101,7 +101,8 @@ KEEP = ("*lm_head*", "*embed*", "*wte", "*wpe", "*classifier*", "*score", "*outp
 class Recipe:
     """A training method: the three GEMMs, and which layers stay in high precision (globs on module names).
 
-    Text form: `fprop: <gemm>; dgrad: <gemm>; wgrad: <gemm>[; keep: glob glob][; keep_last: share]`; a GEMM left out stays in high precision.
+    Text form: `fprop: <gemm>; dgrad: <gemm>; wgrad: <gemm>[; keep: glob glob][; keep_last: share]`; a GEMM left out stays
+    in high precision.
     """
 
     name: str
@@ -159,8 +160,8 @@ class Cast:
     """One quantisation as the graph holds it: the Quant, the storage axis (0 rows, 1 columns) of its contraction, and the
     rotation along that axis that comes first (zero-padding it to whole blocks, rounding to the tensor's own dtype).
 
-    Text form: `<quant>|<axis>[|<rotation>]`. Without a rotation, blocks that look the same from both axes are normalised to axis 1, so that one
-    quantisation serves GEMMs that contract either way.
+    Text form: `<quant>|<axis>[|<rotation>]`. Without a rotation, blocks that look the same from both axes are normalised to
+    axis 1, so that one quantisation serves GEMMs that contract either way.
     """
 
     quant: Quant

@@ -405,9 +405,7 @@ def unpacked(codes: Tensor, quant: Quant, cols: int) -> Tensor:
 DecodeKernel = Callable[[Tensor, Tensor, Quant], Tensor]
 
 
-def decode(
-    codes: Tensor, scale: Tensor, quant: Quant, axis: int, cols: int, kernel: DecodeKernel = scaled_blocks
-) -> Tensor:
+def decode(codes: Tensor, scale: Tensor, quant: Quant, axis: int, cols: int, kernel: DecodeKernel = scaled_blocks) -> Tensor:
     """FP32 code * block scale [..., R, C] of stored codes and scales. `cols`: the unpacked size of the last axis."""
     codes = unpacked(codes, quant, cols)
     *batch, rows, cols = codes.shape

@@ -210,7 +210,8 @@ class Report:
             console = Console()
             if not console.is_terminal:
                 console = Console(width=max(console.width, WIDTH))
-        console.print(self.table(compact))
+        # Too wide a table wraps in a narrow terminal: no column is lost.
+        console.print(self.table(compact), crop=False)
         for line in (*self.legend(), *self.totals(), *(f"note: {note}" for note in self.notes)):
             style = "yellow" if line.startswith("note:") else None
             console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

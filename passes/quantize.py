@@ -24,10 +24,11 @@ assert __name__ == "lpcompile.passes.quantize", "import it as lpcompile.passes, 
 
 def quantize(graph: Graph, plan: Plan) -> None:
     """Rewrites every converted GEMM, in graph order, so that a shared cast stands before its first reader."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
+    order = list(graph.nodes)
     by_node = {d.node: d for d in plan.decisions if d.converted}
-    rewriter = _Rewriter(graph)
-    for node in sorted((n for n in order if n.name in by_node), key=lambda n: order[n]):
+    converted = [node for node in order if node.name in by_node]
+    rewriter = _Rewriter(graph, converted)
+    for node in converted:
         rewriter.rewrite(node, by_node[node.name])
     graph.eliminate_dead_code()
 
@@ -35,8 +36,8 @@ def quantize(graph: Graph, plan: Plan) -> None:
 class _Rewriter:
     """Holds the casts made so far, by (base, Cast)."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, converted: list[Node]) -> None:
+        self.graph, self.converted = graph, converted
         self.casts: dict[tuple[Node, Cast], list[Node]] = {}
         self.spins: dict[tuple[Role | None, Node], int] = {}
         self.seed: Node | None = None
@@ -87,9 +88,10 @@ class _Rewriter:
         shared = {Role.FPROP: site.x, Role.DGRAD: site.w, Role.WGRAD: site.x}[decision.role or Role.FPROP].node
         return self.spins.setdefault((decision.role, shared), len(self.spins))
 
-    def _seed(self, anchor: Node) -> Node:
-        """The step's one seed, drawn where it is first needed. Saved, never recomputed: a second draw would differ."""
+    def _seed(self) -> Node:
+        """The step's one seed, drawn before the first GEMM. Saved, never recomputed: a second draw would differ."""
         if self.seed is None:
+            anchor = self.converted[0]
             self.seed = insert_call(self.graph, anchor, torch.ops.lowprec.draw_seed.default, (gemm_operands(anchor)[0],))
             for key in ("recompute", "ac_graph_id"):
                 self.seed.meta.pop(key, None)
@@ -101,7 +103,7 @@ class _Rewriter:
         if found is None:
             args: tuple[Any, ...] = (base, str(cast))
             if cast.random:
-                args = (*args, self._seed(anchor), len(self.casts), spin)
+                args = (*args, self._seed(), len(self.casts), spin)
             call = insert_call(self.graph, anchor, torch.ops.lowprec.quantize.default, args)
             names = cast.quant.parts
             found = []

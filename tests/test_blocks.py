@@ -139,6 +139,26 @@ def test_quantise_is_a_loop_over_blocks(text: str, axis: int) -> None:
     assert restored.any()
 
 
+def test_two_level_scales_are_exact_at_their_ties() -> None:
+    """Blocks whose scale lies between two E4M3 numbers, to the ulp: the order of the operations decides."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    ties = ((numbers[1:] + numbers[:-1]) / 2).numpy()
+    for tensor_peak in (6.5, 3.3, 0.7):
+        at = (ties.astype(np.float64) * tensor_peak / 448).astype(np.float32)
+        near = [at]
+        for _ in range(3):
+            near = [np.nextafter(near[0], np.float32(0)), *near, np.nextafter(near[-1], np.float32(9))]
+        peaks = np.concatenate([*near, np.full(1, tensor_peak, np.float32)])
+        x = torch.tensor(peaks)[:, None] * torch.tensor([1.0] + [0.0] * 15)
+        quant = Quant.parse("e2m1:1x16:e4m3+f32")
+        found = quantize(x, quant, 1).scale.float().flatten()
+        wanted = torch.tensor([loop_two_level(x, row, quant)[0] for row in x])
+        assert torch.equal(found, wanted)
+        encode = np.float32(2688) / np.float32(tensor_peak)
+        other = torch.tensor(np.minimum(peaks / np.float32(6) * encode, 448)).to(torch.float8_e4m3fn).float()
+        assert not torch.equal(found, other)
+
+
 # ---------------------------------------------------------------------------------------------------------- invariants
 
 

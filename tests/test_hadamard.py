@@ -224,6 +224,19 @@ def test_all_but_float64_is_computed_in_float32(dtype, block) -> None:
     assert (y - exact).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_does_not_lower_the_precision(compiled) -> None:
+    step = torch.compile(rotate, backend="aot_eager", fullgraph=True) if compiled else rotate
+    x = torch.randn(8, 512)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = step(x, 512)
+        lowered = x @ rotation_matrix(512)
+    assert y.dtype == torch.float32
+    exact = rotate(x.double(), 512)
+    assert (y - exact).abs().max() < 1e-5
+    assert (lowered - exact).abs().max() > 1e-3  # what autocast would have made of it
+
+
 def test_shapes() -> None:
     assert rotate(torch.randn(0, 64), 16).shape == (0, 64)
     assert rotate(torch.randn(0, 1024), 1024).shape == (0, 1024)
@@ -263,7 +276,7 @@ def test_rotate_compiles_without_graph_breaks(block, dynamic) -> None:
     assert torch.equal(rotate(x.detach(), block), rotate(x.detach().clone(), block))
 
 
-def test_cached_factor_are_plain_tensors_whoever_comes_first() -> None:
+def test_cached_factors_are_plain_tensors_whoever_comes_first() -> None:
     hadamard._cached_factors.cache_clear()
     with torch.inference_mode():
         rotate(torch.randn(2, 24), 24)

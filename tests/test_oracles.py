@@ -96,7 +96,7 @@ ABSMAX = [  # text, scale, mean squared error, and codes or dequantised values w
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "scale", "mse", "codes", "values"), ABSMAX, ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(("text", "scale", "mse", "codes", "values"), ABSMAX, ids=[row[0] for row in ABSMAX])
 def test_minifloat_absmax(text: str, scale: float, mse: float, codes: list[int] | None, values: list[float] | None) -> None:
     exact = torch.tensor([WEIGHTS], dtype=torch.float64)
     q, restored, _ = quantized(exact, text)
@@ -326,15 +326,34 @@ def test_quartet_rotated_rows() -> None:
     q, restored, _ = quantized(h[1:2], "e2m1:1x32:e8m0:questpaper")
     assert decode_scale(q.scale).item() == 0.0625
     assert_sensitive(restored, h[1:2].sign() * 0.1875)
-    # Section 7.7: a constant row has no standard deviation. The root mean square keeps what the paper's rule loses.
-    q, restored, _ = quantized(h[0:1], "e2m1:1x32:e8m0:questpaper")
-    assert restored.square().sum().item() < 1e-6  # 6.4e-14 with an exact variance; FP32 leaves a little
+
+
+@pytest.mark.parametrize("value", [1 / 32**0.5, 0.25])
+def test_quartet_constant_row(value: float) -> None:
+    """Section 7.7: no standard deviation, so the paper's rule loses the row, but the root mean square keeps it."""
+    row = torch.full((1, 32), value)
+    q, restored, _ = quantized(row, "e2m1:1x32:e8m0:questpaper")
+    assert restored.square().sum().item() < 1e-6  # FP32 leaves a little variance where the square is not exact
+    if value == 0.25:
+        assert decode_scale(q.scale).item() == 2**-27
+        assert restored.square().sum().item() == pytest.approx(6.4e-14, rel=0.01)
     assert q.mask is not None
     assert not unpack_bits(q.mask, 32).any()
-    q, restored, _ = quantized(h[0:1], "e2m1:1x32:e8m0:quest")
-    assert restored.square().sum().item() == pytest.approx(1.125)
+    q, restored, _ = quantized(row, "e2m1:1x32:e8m0:quest")
+    assert relative_error(restored, row) < 0.1
     assert q.mask is not None
     assert unpack_bits(q.mask, 32).all()
+
+
+def test_quartet_mask_is_strict() -> None:
+    """What lands on the largest code exactly is not passed."""
+    row = torch.ones(1, 32)
+    row[0, 5] = 3
+    q, _, codes = quantized(row, "e2m1:1x32:e8m0:quest")
+    assert decode_scale(q.scale).item() == 0.5
+    assert codes[0, 5].item() == 7
+    assert q.mask is not None
+    assert unpack_bits(q.mask, 32).flatten().tolist() == [i != 5 for i in range(32)]
 
 
 # ----------------------------------------------------------------------------------------------------- nvfp4 section 6
