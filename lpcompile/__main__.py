@@ -85,19 +85,25 @@ def _parser() -> argparse.ArgumentParser:
 def _recipes(args: argparse.Namespace) -> None:
     if args.json:
         gemms = [{str(role): str(recipe.gemm(role) or "hp") for role in Role} for recipe in RECIPES]
-        found = [{"name": r.name, **gemm, "keep": list(r.keep)} for r, gemm in zip(RECIPES, gemms, strict=True)]
+        kept = [{"keep": list(recipe.keep), "keep_last": recipe.keep_last} for recipe in RECIPES]
+        found = [{"name": r.name, **gemm, **keep} for r, gemm, keep in zip(RECIPES, gemms, kept, strict=True)]
         _write(json.dumps(found, indent=1))
         return
-    table = _table("recipe", *Role)
+    table = _table("recipe", "GEMMs", "operands a @ b")
     for recipe in RECIPES:
-        table.add_row(*(Text(str(cell)) for cell in (recipe.name, *(recipe.gemm(role) or "hp" for role in Role))))
+        roles: dict[str, list[str]] = {}
+        for role in Role:
+            roles.setdefault(str(recipe.gemm(role) or "hp"), []).append(role)
+        for index, (text, names) in enumerate(roles.items()):
+            table.add_row(*(Text(cell) for cell in (recipe.name if index == 0 else "", " ".join(names), text)))
     console = _console()
     console.print(table)
     lines = [
         "fprop Y = X W^T, dgrad dX = dY W, wgrad dW = dY^T X; each GEMM's own (outer, contraction) coordinates",
-        "element:block[:scale][:rule][:rounding]; hp: stays in high precision",
-        f"every recipe keeps layers named {' '.join(KEEP)}",
-        *(f"recipe {r.name} keeps {' '.join(r.keep) or 'none'} instead" for r in RECIPES if r.keep != KEEP),
+        "operands: element:block[:scale][:rule][:rounding]; hp: stays in high precision; * a rotation of both",
+        f"layers that stay in high precision: {' '.join(KEEP)}",
+        *(f"{r.name} keeps instead: {' '.join(r.keep) or 'none'}" for r in RECIPES if r.keep != KEEP),
+        *(f"{r.name} keeps as well: the last {r.keep_last:.0%} of the blocks" for r in RECIPES if r.keep_last),
         f"other names: {', '.join(f'{alias} = {name}' for alias, name in ALIASES.items())}",
     ]
     for line in lines:

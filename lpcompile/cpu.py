@@ -171,4 +171,6 @@ def run_scaled_mm(
         (side.parts[2] if side.quant is not None and side.quant.has_outer else None) if fold else side.factor(outer)
         for side, fold, outer in zip((p.left, p.right), folded, (p.m, p.n), strict=True)
     ]
+    if bias is not None and factors == [None, None] and a.dim() == 2 and bias.dtype == a.dtype == dtype:
+        return torch.addmm(bias, a, b)  # one rounding, after the bias
     return _finish(a @ b, factors[0], factors[1], bias, dtype)

@@ -198,7 +198,8 @@ def _block_scale(blocks: Tensor, quant: Quant) -> Tensor:
     if quant.rule in (Rule.FLOOR, Rule.MATCHED):
         assert isinstance(quant.elem, Float)
         return pow2_scale(peak, quant.rule, quant.elem.emax) * (peak > 0)
-    scale = peak / quant.target
+    # By a tensor: a CUDA tensor divided by a number is multiplied by its reciprocal, which is one ulp off.
+    scale = peak / peak.new_full((), quant.target)
     return pow2_scale(scale, quant.rule) * (peak > 0) if quant.pow2 else scale
 
 

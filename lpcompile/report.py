@@ -39,7 +39,8 @@ _NUMBER = re.compile(r"(?<![A-Za-z0-9#])\d+(?![A-Za-z0-9])")
 
 @dataclass(frozen=True)
 class Row:
-    """One GEMM. Sizes as traced, `batch` of them; a, b: the casts of its operands, with block and rounding by operand.
+    """One GEMM. Sizes as traced, `batch` of them; a, b: the casts of its operands, with block and rounding by operand,
+    and the rotation of both before.
 
     time_high, time_low: predicted microseconds as it was and as it is now, with the casts of its operands. saved:
     bytes of codes and scales that forward keeps for the site's backward; saved_high: bytes of those operands in high
@@ -64,6 +65,7 @@ class Row:
     saved_high: int = 0
     block: dict[str, str] = field(default_factory=dict)
     rounding: dict[str, str] = field(default_factory=dict)
+    rotation: str = ""
 
     @property
     def status(self) -> str:
@@ -148,7 +150,7 @@ class Report:
         for row in self.rows:
             pattern = _NUMBER.sub("*", row.name)
             first.setdefault(pattern, len(first))
-            shown = (row.role, row.batch, row.m, row.n, row.k, row.a, row.b, row.status, row.reason)
+            shown = (row.role, row.batch, row.m, row.n, row.k, row.a, row.b, row.rotation, row.status, row.reason)
             groups.setdefault((pattern, *shown), []).append(row)
         roles = [*Role, "backward"]
         # A first layer without dgrad must not push the others' dgrad behind the next module.
@@ -191,7 +193,8 @@ class Report:
             line += f" ({decoded} decoded: the formats are emulated there, which is slower by nature)"
         lines.append(line)
         if self.converted:
-            lines.append("casts: element:block[:scale][:rule][:rounding], to nearest even where nothing is said")
+            note = "element:block[:scale][:rule][:rounding], to nearest even where nothing is said; * rotation"
+            lines.append(f"casts: {note}")
         saved = self.saved()
         if saved.codes or saved.other:
             high = f" (those operands in high precision: {_bytes(saved.high)}, weights being alive anyway)"
@@ -267,6 +270,7 @@ def _row(index: int, decision: Decision, trace: Trace, high: dict[str, int]) -> 
         saved_high=high.get(site, 0) if role == Role.FPROP else 0,
         block={name: str(quant.block) for name, quant in quants.items()},
         rounding={name: str(quant.rounding) for name, quant in quants.items()},
+        rotation=str(gemm.rotation or "") if gemm else "",
     )
 
 
@@ -312,6 +316,7 @@ def _cells(row: Row) -> list[str]:
     size = f"{row.m} x {row.n} x {row.k}"
     size = size if "=" in size else size.replace(" ", "")
     casts = row.a if row.a == row.b else f"{row.a} @ {row.b}"
+    casts += f" * {row.rotation}" if row.rotation else ""
     times = f"{_time(row.time_high)} > {_time(row.time_low)}" if row.converted else _time(row.time_high)
     sqnr = "/".join(_decibel(row.sqnr.get(name)) for name in ("a", "b")) if row.sqnr else ""
     sizes = size if row.batch == "1" else f"{row.batch} * ({size})"

@@ -38,7 +38,7 @@ MODELS = """
             self.linear = nn.Linear(16, 16)
 
         def forward(self, x, y):
-            return self.linear(x) * self.linear(y)
+            return self.linear(x).sum() * self.linear(y)
 
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
     half = nn.Linear(16, 16).to(torch.bfloat16)
@@ -83,17 +83,25 @@ def cells(text: str) -> list[list[str]]:
 
 def test_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     text = run(capsys, "recipes")
-    rows = {row[0]: row[1:] for row in cells(text) if row}
-    for recipe in lp.RECIPES:
-        assert " ".join(rows[recipe.name]) == " ".join(str(recipe.gemm(role) or "hp") for role in lp.Role)
-    assert rows["fp8-rowwise-gw-hp"][-1] == "hp"
+    found: dict[str, dict[str, str]] = {}
+    name = ""
+    for row in cells(text.partition("fprop Y")[0])[3:]:
+        name = row.pop(0) if row and row[0] not in list(lp.Role) else name
+        roles = [word for word in row if word in list(lp.Role)]
+        found.setdefault(name, {}).update({role: " ".join(row[len(roles) :]) for role in roles})
+    assert found == {r.name: {str(role): str(r.gemm(role) or "hp") for role in lp.Role} for r in lp.RECIPES}
     assert "*lm_head*" in text and "tensorwise = fp8-tensorwise" in text
+    for recipe in lp.RECIPES:
+        assert (f"{recipe.name} keeps as well: the last" in text) == bool(recipe.keep_last)
 
 
 def test_recipes_as_json_parse_back(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(run(capsys, "recipes", "--json"))
-    texts = {r["name"]: "; ".join(f"{role}: {r[role]}" for role in lp.Role) + f"; keep: {' '.join(r['keep'])}" for r in found}
-    assert {name: lp.Recipe.parse(text, name) for name, text in texts.items()} == {r.name: r for r in lp.RECIPES}
+    parts = {r["name"]: [*(f"{role}: {r[role]}" for role in lp.Role), f"keep: {' '.join(r['keep'])}"] for r in found}
+    for r in found:
+        parts[r["name"]].append(f"keep_last: {r['keep_last']}")
+    recipes = [lp.Recipe.parse("; ".join(texts), name) for name, texts in parts.items()]
+    assert recipes == list(lp.RECIPES)
 
 
 def test_targets(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +147,7 @@ def test_explain_takes_several_inputs_and_one_dtype_for_all(capsys: pytest.Captu
     rows = explained(capsys, f"{models}:Pair", "--input", "24x16", "--input", "8x16")
     assert {row["m"] for (_, role), row in rows.items() if role == "fprop"} == {"24", "8"}
     rows = explained(capsys, f"{models}:half", "--input", "24x16", "--dtype", "bf16")
-    assert rows["half", "fprop"]["converted"] if ("half", "fprop") in rows else all(r["converted"] for r in rows.values())
+    assert {role for _, role in rows} == {"fprop", "wgrad"} and all(row["converted"] for row in rows.values())
 
 
 def test_explain_prints_a_table_compact_or_full(capsys: pytest.CaptureFixture[str], models: str) -> None:
@@ -168,7 +176,7 @@ def test_explain_prints_a_graph_that_parses(capsys: pytest.CaptureFixture[str], 
     ("argv", "message"),
     [
         (["{m}:model", "--recipe", "fp8-rowise", "--input", "2x16"], "unknown recipe 'fp8-rowise'. Did you mean 'fp8-rowwise'"),
-        (["{m}:model", "--recipe", "fprop: int9000:row @ hp", "--input", "2x16"], "int9000"),
+        (["{m}:model", "--recipe", "fprop: int90:row @ hp", "--input", "2x16"], "2 to 16 bits, not 90"),
         (["{m}:model", "--target", "sm90", "--input", "2x16"], "unknown target 'sm90'. Did you mean 'sm_90'"),
         (["{m}"], "write MODULE:ATTR"),
         (["{m}:"], "write MODULE:ATTR"),

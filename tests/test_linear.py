@@ -16,7 +16,6 @@ import lpcompile as lp
 from lpcompile.ops import REFERENCE
 from lpcompile.recipe import Cast
 
-RECIPES = [r.name for r in lp.RECIPES if not r.empty]
 # Tokens, in-features, out-features: the issue's own shape, and one that no block divides.
 SHAPES = [(256, 512, 384), (101, 333, 203)]
 
@@ -29,15 +28,24 @@ def up_to_power_of_two(scale: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(scale), torch.where(mantissa == 0.5, exponent - 1, exponent))
 
 
+def e2m1(x: Tensor) -> Tensor:
+    """Nearest E2M1 value; the midpoints go to the neighbour with the even code."""
+    magnitude = x.abs()
+    code = sum((magnitude > m).int() for m in (0.25, 1.25, 2.5, 5.0)) + sum((magnitude >= m).int() for m in (0.75, 1.75, 3.5))
+    return torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)[code] * x.sign()
+
+
 def cast(x: Tensor, kind: str) -> Tensor:
     """Codes as float64."""
+    if kind == "e2m1":
+        return e2m1(x)
     if kind == "int8":
         return x.round().clamp(-127, 127).double()
     dtype, top = (torch.float8_e4m3fn, 448.0) if kind == "e4m3" else (torch.float8_e5m2, 57344.0)
     return x.clamp(-top, top).to(dtype).double()
 
 
-TOP = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0}
+TOP = {"e4m3": 448.0, "e5m2": 57344.0, "int8": 127.0, "e2m1": 6.0}
 
 
 def fake(x: Tensor, kind: str, rows: int | None, cols: int | None, power: bool = False) -> Tensor:
@@ -64,6 +72,7 @@ E5T: Quantiser = lambda x: fake(x, "e5m2", None, None)  # noqa: E731
 STRIP: Quantiser = lambda x: fake(x, "e4m3", 1, 128)  # noqa: E731
 SQUARE: Quantiser = lambda x: fake(x, "e4m3", 128, 128)  # noqa: E731
 MX: Quantiser = lambda x: fake(x, "e4m3", 1, 32, power=True)  # noqa: E731
+MX4: Quantiser = lambda x: fake(x, "e2m1", 1, 32, power=True)  # noqa: E731
 I8: Quantiser = lambda x: fake(x, "int8", 1, None)  # noqa: E731
 HP: Quantiser = lambda x: x.double()  # noqa: E731
 
@@ -75,7 +84,10 @@ EXPECTED: dict[str, tuple[tuple[Quantiser, Quantiser], ...]] = {
     "deepseek": ((STRIP, SQUARE), (STRIP, SQUARE), (STRIP, STRIP)),
     "mxfp8": ((MX, MX),) * 3,
     "int8-rowwise": ((I8, I8),) * 3,
+    "mxfp4": ((MX4, MX4),) * 3,
 }
+EXACT = list(EXPECTED)
+RECIPES = [r.name for r in lp.RECIPES if not r.empty]  # with the stochastic ones, which no outsider can predict
 
 
 def expected(recipe: str, x: Tensor, w: Tensor, bias: Tensor, dy: Tensor) -> dict[str, Tensor]:
@@ -93,6 +105,7 @@ def expected(recipe: str, x: Tensor, w: Tensor, bias: Tensor, dy: Tensor) -> dic
 
 def run(recipe: str, executor: str, layer: nn.Linear, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     torch.compiler.reset()
+    torch.manual_seed(0)  # stochastic recipes draw from the default generator
     layer.zero_grad()
     x = x.clone().requires_grad_()
     y = torch.compile(layer, backend="lowprec", options={"recipe": recipe, "executor": executor})(x)
@@ -119,7 +132,7 @@ def sqnr(found: Tensor, wanted: Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", EXACT)
 def test_reference_executor_matches_the_specification(recipe: str, shape: tuple[int, int, int]) -> None:
     layer, x, dy = problem(shape, torch.float32)
     found = run(recipe, "reference", layer, x, dy)
@@ -143,7 +156,8 @@ def test_inductor_executor_matches_the_reference(recipe: str, shape: tuple[int, 
         assert error(found[name], value) < (2e-6 if dtype == torch.float32 else 2.0**-8), name
         assert found[name].dtype == dtype
         distance = (found[name].double() - value.double()).abs()
-        worst = (distance / value.double().abs().clamp(min=value.double().std().item())).max()
+        # A bias may cancel most of a product that was rounded before: one unit of what was there before, not after.
+        worst = (distance / value.double().abs().clamp(min=2 * value.double().std().item())).max()
         assert worst <= (1e-4 if dtype == torch.float32 else 2.0**-7), name
 
 
@@ -152,14 +166,14 @@ def test_a_recipe_is_not_another() -> None:
     layer, x, dy = problem(SHAPES[0], torch.float32)
     # Power-of-two scales differ only where codes are subnormal: features of very different size make that visible.
     dy = dy * torch.exp(3.0 * torch.randn(dy.shape[1]))
-    found = {r: run(r, "reference", layer, x, dy)["dx"] for r in RECIPES}
-    for recipe in RECIPES:
+    found = {r: run(r, "reference", layer, x, dy)["dx"] for r in EXACT}
+    for recipe in EXACT:
         wanted = expected(recipe, x, layer.weight.detach(), layer.bias.detach(), dy)["dx"]
-        others = [r for r in RECIPES if EXPECTED[r][1] != EXPECTED[recipe][1]]
+        others = [r for r in EXACT if EXPECTED[r][1] != EXPECTED[recipe][1]]
         assert all(error(found[other], wanted) > 1e-5 for other in others), recipe
 
 
-FLOORS = {"fp8-tensorwise": (22.0, 22.0), "int8-rowwise": (30.0, 30.0)}
+FLOORS = {"fp8-tensorwise": (22.0, 22.0), "int8-rowwise": (30.0, 30.0), "mxfp4": (15.0, 15.0), "nvfp4": (16.0, 14.5)}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -176,7 +190,7 @@ def test_sqnr_against_high_precision(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_codes_and_scales_are_bitwise_the_same_in_both_executors(recipe: str) -> None:
     layer, x, dy = problem((256, 512, 384), torch.bfloat16)
-    casts = {str(c) for g in map(lp.find_recipe(recipe).gemm, lp.Role) if g for c in (g.a, g.b) if c}
+    casts = {str(c).replace(":sr", "") for g in map(lp.find_recipe(recipe).gemm, lp.Role) if g for c in (g.a, g.b) if c}
     for text in sorted(casts):
         for axis in (0, 1):
             spec = str(Cast.parse(f"{text}|{axis}"))
