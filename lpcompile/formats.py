@@ -56,8 +56,8 @@ _TORCH = {
     (8, 7, Special.IEEE, True): "bfloat16",
     (8, 23, Special.IEEE, True): "float32",
 }
-_FLOAT = re.compile(r"(u?)e(\d+)m(\d+)(all|fnuz|fn|ieee|scale)?(?:b(-?\d+))?")
-_INT = re.compile(r"int(\d+)(full)?")
+_FLOAT = re.compile(r"(u?)e(\d{1,9})m(\d{1,9})(all|fnuz|fn|ieee|scale)?(?:b(-?\d{1,9}))?")
+_INT = re.compile(r"int(\d{1,9})(full)?")
 
 
 def _default_bias(exp: int, special: Special) -> int:
@@ -284,7 +284,7 @@ class Block:
         """`tensor`, `row`, `1x128`, `128x128`, `*x32` ... Raises FormatError."""
         if text in ("tensor", "row"):
             return Block(0, 0) if text == "tensor" else Block(1, 0)
-        match = re.fullmatch(r"(\d+|\*)x(\d+|\*)", text)
+        match = re.fullmatch(r"(\d{1,9}|\*)x(\d{1,9}|\*)", text)
         if not match:
             raise FormatError(f"{text!r} is not a block; write tensor, row, 1x128, 16x16, ...")
         rows, cols = (0 if g == "*" else int(g) for g in match.groups())
@@ -354,6 +354,8 @@ class Quant:
         object.__setattr__(self, "quest_clip", QUEST_CLIP.get(str(self.elem)))
         if isinstance(self.elem, Float) and not self.elem.signed:
             raise FormatError(f"elements are signed; {self.elem} is a format of scales")
+        if self.elem.bits > 16 and self.elem.torch_dtype is None:
+            raise FormatError(f"elements have at most 16 bits (or are f32), not the {self.elem.bits} of {self.elem}")
         if self.scale == E8M0 and self.rule not in _POW2_RULES:
             raise FormatError(f"an e8m0 scale needs a power-of-two rule ({', '.join(_POW2_RULES)}), not {self.rule}")
         if self.scale not in (F32, E8M0, E4M3):

@@ -261,9 +261,9 @@ def rotate(x: torch.Tensor, block: int, inverse: bool = False) -> torch.Tensor:
     if x.dim() == 0 or block < 1 or x.shape[-1] % block:
         raise FormatError(f"cannot rotate the last dim of {tuple(x.shape)} by {block}: the block must divide it.")
     y = x if x.dtype == torch.float64 else x.to(torch.float32)
-    # Autocast would turn these matmuls into bfloat16 ones; a device without autocast (meta) refuses to be asked.
+    # Autocast would turn these matmuls into bfloat16 ones; other devices (meta) have none, and refuse to be asked.
     device = y.device.type
-    exact = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    exact = torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
     with exact:
         right = block
         for size, factor in zip(_factor_sizes(block), _factors(block, inverse, y.dtype, y.device), strict=True):

@@ -1,4 +1,4 @@
-"""Number formats, blocks and quantisations as values: their limits, their value tables and their text forms."""
+"""Number formats, quantisations and recipes as values: their limits, their value tables and their text forms."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
-from lpcompile.errors import FormatError
+from lpcompile.errors import FormatError, OptionError, RecipeError
 from lpcompile.formats import (
     BF16,
     E2M1,
@@ -36,6 +37,7 @@ from lpcompile.formats import (
     divisor,
     parse_elem,
 )
+from lpcompile.recipe import KEEP, Cast, Dot, DotOperand, Gemm, Recipe, Role, Rotation, Signs
 
 # minifloat_ptq section 2.2: exp, man, bias, max, min normal, min subnormal (0: none), distinct values, max in units of
 # the smallest step (0: only given rounded), bits of the smallest signed integer that holds the grid.
@@ -320,6 +322,10 @@ def test_tokens_may_come_in_any_order() -> None:
         ("ue4m3fnuz:tensor", "FNUZ"),
         ("ue4m3:tensor", "ue4m3"),
         ("e8m0:tensor", "e8m0"),
+        ("e5m14:tensor", "e5m14"),  # 20 bits: no storage holds its codes
+        ("e8m22ieee:row", "e8m22ieee"),
+        ("int" + "9" * 5000 + ":row", "int999"),
+        ("e4m3:1x" + "9" * 5000, "1x999"),
         ("e3m2b900:tensor", "900"),
         ("e4m3:colum", "colum"),
         ("e4m3:1x", "1x"),
@@ -349,6 +355,101 @@ def test_tokens_may_come_in_any_order() -> None:
 def test_malformed_texts_name_the_token(text: str, token: str) -> None:
     with pytest.raises(FormatError, match=re.escape(token)):
         Quant.parse(text)
+
+
+# ------------------------------------------------------------------------------------------ casts, products and recipes
+
+
+def _compatible() -> Iterator[Quant]:
+    """Every element, scale and rule that go together, so that compound texts are drawn without rejection."""
+    names = ("e4m3", "e5m2", "e2m1", "e3m2", "e4m3fnuz", "e5m6", "e3m2b4", "bf16", "int8", "int4full")
+    pairs: list[tuple[Float, Float | None]] = [(F32, None), (E8M0, None), (E4M3, F32)]
+    for elem, (scale, outer), rule in itertools.product(map(parse_elem, names), pairs, Rule):
+        with contextlib.suppress(FormatError):
+            yield Quant(elem, Block(1, 32), scale, outer, rule)
+
+
+def quants_with(chosen: st.SearchStrategy[Block]) -> st.SearchStrategy[Quant]:
+    known, clips = st.sampled_from(list(_compatible())), st.just(1.0) | st.floats(0, 2, exclude_min=True)
+    return st.builds(replace, known, block=chosen, rounding=st.sampled_from(Rounding), clip=clips)
+
+
+rotations = st.builds(Rotation, st.sampled_from([2, 16, 32, 1024]), st.sampled_from(Signs))
+casts = st.builds(Cast, quants_with(blocks), st.integers(0, 1), st.none() | rotations)
+operands = st.builds(DotOperand, st.none() | casts, st.booleans())
+starless = quants_with(blocks.filter(lambda block: "*" not in str(block)))  # see the expected failure below
+gemms = st.builds(Gemm, starless, starless, st.none() | rotations) | st.builds(Gemm, st.none() | starless, st.none())
+globs = st.lists(st.from_regex(r"[a-z0-9_.*?\[\]-]{1,10}", fullmatch=True), max_size=3).map(tuple)
+keeps, shares = st.just(KEEP) | globs, st.just(0.0) | st.floats(0, 1)
+recipes = st.builds(Recipe, st.just("mine"), *[st.none() | gemms] * 3, keeps, shares)
+
+
+@given(rotations, casts, st.builds(Dot, operands, operands))
+def test_cast_and_dot_text_parses_back(rotation: Rotation, cast: Cast, dot: Dot) -> None:
+    assert Rotation.parse(str(rotation)) == rotation
+    assert Cast.parse(str(cast)) == cast
+    assert Dot.parse(str(dot)) == dot
+    assert str(Dot.parse(str(dot))) == str(dot)
+
+
+@given(gemms, recipes)
+def test_gemm_and_recipe_text_parses_back(gemm: Gemm, recipe: Recipe) -> None:
+    assert Gemm.parse(str(gemm)) == gemm
+    assert Recipe.parse(str(recipe), recipe.name) == recipe
+    assert Recipe.parse("; ".join(reversed(str(recipe).split("; "))), recipe.name) == recipe
+
+
+@pytest.mark.xfail(raises=RecipeError, reason="Gemm.parse takes the * of a block for that of a rotation")
+@pytest.mark.parametrize("text", ["int4:*x32 @ int4:row", "e4m3:16x* @ e4m3:16x* * h16"])
+def test_gemm_of_whole_axis_blocks_parses_back(text: str) -> None:
+    assert str(Gemm.parse(text)) == text
+
+
+def test_high_precision_is_written_hp() -> None:
+    assert Gemm.parse(" hp ") is None
+    assert Gemm.parse("hp @ e4m3:row") == Gemm(None, Quant.parse("e4m3:row"))
+    recipe = Recipe.parse("dgrad: e5m2:row @ e4m3:row; fprop: hp; keep:")
+    assert (recipe.fprop, recipe.wgrad, recipe.keep) == (None, None, ())
+    assert recipe.gemm(Role.DGRAD) == Gemm.parse("e5m2:row @ e4m3:row")
+    assert Recipe.parse("").empty
+    assert not recipe.empty
+
+
+def test_symmetric_blocks_have_one_cast() -> None:
+    assert Cast.parse("e4m3:128x128|0") == Cast.parse("e4m3:128x128|1")
+    assert Cast.parse("e4m3:1x128|0") != Cast.parse("e4m3:1x128|1")
+    assert Cast.parse("e4m3:128x128|0|h16").axis == 0
+    with pytest.raises(OptionError, match="2"):
+        Cast(Quant.parse("e4m3:row"), 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "token"),
+    [
+        (Gemm, "int8:row", "int8:row"),
+        (Gemm, "int8:row @ int8:row @ hp", "int8:row @ int8:row @ hp"),
+        (Gemm, "int8:row @ int8:col", "col"),
+        (Gemm, "e4m4x:row @ hp", "e4m4x"),
+        (Gemm, "e4m3:row @ e4m3:row * r16", "r16"),
+        (Gemm, "e4m3:row @ e4m3:row * h24", "24"),
+        (Gemm, "e4m3:row @ hp * h16", "hp"),
+        (Recipe, "fprob: int8:row @ int8:row", "fprob"),
+        (Recipe, "fprop int8", "fprop int8"),
+        (Recipe, "fprop: hp; fprop: hp", "fprop"),
+        (Recipe, "wgrad: int8:row", "int8:row"),
+        (Recipe, "keep_last: most", "most"),
+        (Recipe, "keep_last: 1.5", "1.5"),
+        (Cast, "e4m3:row", "e4m3:row"),
+        (Cast, "e4m3:row|2", "e4m3:row|2"),
+        (Cast, "e4m3:row|1|h3", "3"),
+        (Cast, "e4m3:rows|1", "rows"),
+        (Dot, "e4m3:row|1", "e4m3:row|1"),
+        (Dot, "e4m3:row|1 @ e4m3:row", "e4m3:row"),
+    ],
+)
+def test_malformed_recipes_name_the_token(kind: type[Gemm | Recipe | Cast | Dot], text: str, token: str) -> None:
+    with pytest.raises((RecipeError, FormatError), match=re.escape(token)):
+        kind.parse(text)
 
 
 # -------------------------------------------------------------------------------------------- blocks and quantisations

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lpcompile.formats import E2M1, E4M3, Float, Quant, Rounding
+from lpcompile.product import scaled_mm
+from lpcompile.recipe import Dot
 from lpcompile.reference import (
     Quantized,
     code_values,
@@ -147,6 +149,23 @@ def test_halo_fp6() -> None:
     assert_sensitive(restored, expected, rtol=5e-7)
 
 
+def test_halo_int8_product_is_exact() -> None:
+    """Section 8.7, with sums beyond 2^24: an FP32 accumulator is visibly wrong there."""
+    x, w = torch.rand(5, 4097) + 0.5, torch.rand(7, 4097) + 0.5
+    (qx, _, a), (qw, _, b) = quantized(x, "int8:tensor"), quantized(w, "int8:tensor")
+    integers = a.to(torch.int32) @ b.to(torch.int32).T
+    assert integers.min() > 2**24
+    assert torch.equal(integers.double(), a.double() @ b.double().T)
+    dot = Dot.parse("int8:tensor|1 @ int8:tensor|1'")
+    product = scaled_mm(qx.parts(), qw.parts(), None, dot, None, torch.float32)
+    assert torch.equal(product, integers.float() * qx.scale * qw.scale)
+    assert not torch.equal(product, product.roll(1, 1))
+    rounded = torch.zeros(5, 7)
+    for k in range(4097):
+        rounded += torch.outer(a[:, k].float(), b[:, k].float())
+    assert not torch.equal(rounded, integers.float())
+
+
 # -------------------------------------------------------------------------------------------------- deepseek section 8
 
 STRIP = [0.07, -1.5, 0.9, 3.3, -0.002, 12.7, 0.5, -6.1]
@@ -215,12 +234,20 @@ def test_deepseek_blocked_gemm() -> None:
     flat = torch.arange(1, 33) / 10 * torch.where(torch.arange(32) % 3 == 0, -1, 1)
     qx, xs, codes = quantized(x, "e4m3:1x4")
     qw, ws, _ = quantized(flat.reshape(4, 8), "e4m3:4x4")
+    dot = Dot.parse("e4m3:1x4|1 @ e4m3:4x4|1'")
+    product = scaled_mm(qx.parts(), qw.parts(), None, dot, None, torch.float32)
     assert_sensitive(qx.scale, [[6.6964286e-3, 0.22321428], [1.1160714e-4, 1.1160715e-2]], rtol=1e-7)
     assert_sensitive(qw.scale, [[0.00625, 0.007142857]], rtol=1e-7)
     expected = [[144, -288, 72, 448, 448, -88, 32, 1.375], [88, 176, -448, 352, 448, 448, -448, 176]]
     assert_sensitive(codes.float(), expected)
     expected = [[34.01416, -135.60509, 270.74744, 202.52193], [10.400804, -10.0186615, -7.8519907, 51.777504]]
     assert_sensitive(xs.double() @ ws.double().T, expected, rtol=1e-6)
+    assert_sensitive(product, expected, rtol=1e-6)
+    exact = torch.tensor([[31.79, -140.93, 273.97, 194.51001], [10.572, -10.218, -6.972, 51.18]])
+    assert_sensitive(torch.tensor(x) @ flat.reshape(4, 8).T, exact, rtol=1e-6)
+    assert not torch.allclose(product, exact, rtol=1e-3)
+    bias = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.equal(scaled_mm(qx.parts(), qw.parts(), bias, dot, None, torch.float32), product + bias)
 
 
 def test_deepseek_similarity_of_a_blocked_product() -> None:
@@ -272,40 +299,8 @@ def test_quartet_backward() -> None:
     assert decode_scale(q.scale).item() == 2**-1  # the stored exponent is e - 2, the factor 4/3 is outside
     assert codes.flatten().tolist() == [13, 13, 13, 12, 12, 12, 12, 11, 11, 11, 10, 10, 10, 9, 9, 8, 0, 0, 1, 1, 2, 2,
                                         2, 3, 3, 3, 4, 4, 4, 4, 5, 5]  # fmt: skip
-    thirds = [
-        -6,
-        -6,
-        -6,
-        -4,
-        -4,
-        -4,
-        -4,
-        -3,
-        -3,
-        -3,
-        -2,
-        -2,
-        -2,
-        -1,
-        -1,
-        -0,
-        0,
-        0,
-        1,
-        1,
-        2,
-        2,
-        2,
-        3,
-        3,
-        3,
-        4,
-        4,
-        4,
-        4,
-        6,
-        6,
-    ]
+    thirds = [-6, -6, -6, -4, -4, -4, -4, -3, -3, -3, -2, -2, -2, -1, -1, -0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4,
+              6, 6]  # fmt: skip
     assert_sensitive(restored, [t / 3 for t in thirds], rtol=1e-7)
     assert q.outer is not None
     assert q.outer.item() == torch.tensor(4 / 3).item()

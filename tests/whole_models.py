@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from llama import Llama, LlamaConfig
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lpcompile.pipeline import Trace
-from llama import Llama, LlamaConfig
 
 TOKENS = torch.arange(32).reshape(2, 16).mul(37).remainder(128)
 PIXELS = torch.linspace(-1, 1, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
@@ -77,9 +77,7 @@ def _gpt2() -> nn.Module:
 
 def _t5() -> nn.Module:
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 1, "num_heads": 4}
-    return hf.T5ForConditionalGeneration(
-        hf.T5Config(vocab_size=128, **sizes, dropout_rate=0.0, decoder_start_token_id=0)
-    )
+    return hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=128, **sizes, dropout_rate=0.0, decoder_start_token_id=0))
 
 
 CASES = {
@@ -89,9 +87,7 @@ CASES = {
         "lm_head",
     ),
     "llama": Case(tiny_llama, _causal, "lm_head"),
-    "qwen3": Case(
-        lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_TEXT, num_key_value_heads=2, head_dim=16)), _causal, "lm_head"
-    ),
+    "qwen3": Case(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_TEXT, num_key_value_heads=2, head_dim=16)), _causal, "lm_head"),
     "gpt2": Case(_gpt2, _causal, "lm_head"),
     "bert": Case(
         lambda: hf.BertForSequenceClassification(
@@ -101,9 +97,7 @@ CASES = {
         "classifier",
     ),
     "vit": Case(
-        lambda: hf.ViTForImageClassification(
-            hf.ViTConfig(**_SIZES, image_size=16, patch_size=4, num_labels=5, **_STILL)
-        ),
+        lambda: hf.ViTForImageClassification(hf.ViTConfig(**_SIZES, image_size=16, patch_size=4, num_labels=5, **_STILL)),
         _classify(pixel_values=PIXELS),
         "classifier",
     ),
