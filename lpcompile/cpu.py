@@ -26,72 +26,82 @@ _OPTIONS: dict[str, Any] = {"joint_custom_pre_pass": None}
 _SMALL = 4096
 
 
-def _compiled(fn: Callable[..., Any], *spec: object) -> Callable[..., Any]:
-    """`fn` compiled with dynamic shapes, one kernel for each `spec`.
+class _Kernel:
+    """`fn` compiled with dynamic shapes: one kernel for each `spec`, shared by all layers.
+
+    fixed: axes that are constants of the kernel (those of a block); all others vary between layers.
 
     Dynamo keeps what it compiled by code object, and equal code objects are one to it: two closures of one function would
     share a kernel. A name of its own, made from the spec, keeps them apart.
     """
-    name = re.sub(r"\W+", "_", "_".join(str(s) for s in (fn.__qualname__.partition(".")[0], *spec))).strip("_")
-    code = fn.__code__.replace(co_name=name)
-    own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
-    own.__kwdefaults__ = fn.__kwdefaults__
-    compiled: Callable[..., Any] = torch.compile(own, fullgraph=True, options=_OPTIONS)
-    return compiled
+
+    def __init__(self, fn: Callable[..., Any], *spec: object, fixed: tuple[int, ...] = ()) -> None:
+        name = re.sub(r"\W+", "_", "_".join(str(s) for s in (fn.__qualname__.partition(".")[0], *spec))).strip("_")
+        code = fn.__code__.replace(co_name=name)
+        own = types.FunctionType(code, fn.__globals__, name, fn.__defaults__, fn.__closure__)
+        self.run: Callable[..., Any] = torch.compile(own, fullgraph=True, options=_OPTIONS)
+        self.fixed = fixed
+        self.seen: set[tuple[torch.Size | None, ...]] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        shapes = tuple(tensor.shape for tensor in tensors)
+        # Marks matter to a compilation only, and a compilation needs shapes that were not there before.
+        if shapes not in self.seen:
+            self.seen.add(shapes)
+            for tensor in tensors:
+                for dim in range(tensor.dim()):
+                    if dim not in self.fixed:
+                        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return self.run(*args)
 
 
-def _dynamic(blocks: Tensor, quant: Quant, axis: int) -> None:
-    """Marks the axes of [B, R', r, C', c] that vary between layers; those of the block itself are constants."""
-    rows, cols = quant.block.along(axis)
-    for dim, varies in ((0, True), (1, rows != 0), (2, rows == 0), (3, cols != 0), (4, cols == 0)):
-        if varies:
-            torch._dynamo.maybe_mark_dynamic(blocks, dim)
+def _block_axes(cast: Cast) -> tuple[int, ...]:
+    """The axes of [B, R', r, C', c] that are constants: a block's own where it has a size, the count where it has none."""
+    rows, cols = cast.quant.block.along(cast.axis)
+    return (2 if rows else 1, 4 if cols else 3)
 
 
 @functools.cache
-def _quantize_kernel(cast: Cast) -> Callable[..., list[Tensor]]:
+def _quantize_kernel(cast: Cast) -> Callable[[Tensor, Quant, Tensor | None], list[Tensor]]:
     def kernel(blocks: Tensor, noise: Tensor | None) -> list[Tensor]:
         return quantize_blocks(blocks, cast.quant, noise)
 
-    return _compiled(kernel, cast)
+    run = _Kernel(kernel, cast, fixed=_block_axes(cast))
+    return lambda blocks, _, noise: run(blocks, noise)
 
 
 def run_quantize(x: Tensor, cast: Cast, noise: Tensor | None = None) -> list[Tensor]:
     """The parts of one quantisation of a CPU tensor."""
     if x.numel() < _SMALL or x.dtype == torch.float64:
         return quantize(x, cast.quant, cast.axis, noise).parts()
-
-    def kernel(blocks: Tensor, quant: Quant, noise: Tensor | None) -> list[Tensor]:
-        for tensor in (blocks, noise):
-            if tensor is not None:
-                _dynamic(tensor, quant, cast.axis)
-        return _quantize_kernel(cast)(blocks, noise)
-
-    return quantize(x.contiguous(), cast.quant, cast.axis, noise, kernel).parts()
+    return quantize(x.contiguous(), cast.quant, cast.axis, noise, _quantize_kernel(cast)).parts()
 
 
 @functools.cache
-def _noise_kernel(draw: Callable[[int, Tensor], Tensor]) -> Callable[..., Tensor]:
-    return _compiled(draw, draw.__name__)
+def _noise_kernel(draw: Callable[[int, Tensor], Tensor]) -> _Kernel:
+    return _Kernel(draw, draw.__name__)
 
 
 def run_noise(draw: Callable[[int, Tensor], Tensor], count: int, key: Tensor) -> Tensor:
     """`philox.uniform` or `philox.uniform8`, compiled."""
-    return draw(count, key) if count < _SMALL else _noise_kernel(draw)(count, key)
+    drawn: Tensor = draw(count, key) if count < _SMALL else _noise_kernel(draw)(count, key)
+    return drawn
 
 
 @functools.cache
-def _decode_kernel(cast: Cast, scaled: bool, dtype: torch.dtype) -> Callable[..., Tensor]:
+def _decode_kernel(cast: Cast, scaled: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Quant], Tensor]:
     def kernel(codes: Tensor, scale: Tensor) -> Tensor:
         values = scaled_blocks(codes, scale, cast.quant) if scaled else from_codes(codes, cast.quant.elem)
         return values.to(dtype)
 
-    return _compiled(kernel, cast, scaled, dtype)
+    run = _Kernel(kernel, cast, scaled, dtype, fixed=_block_axes(cast))
+    return lambda codes, scale, _: run(codes, scale)
 
 
 @functools.cache
-def _epilogue_kernel() -> Callable[..., Tensor]:
-    return _compiled(epilogue)
+def _epilogue_kernel() -> _Kernel:
+    return _Kernel(epilogue)
 
 
 def _foldable(side: Side, dtype: torch.dtype) -> bool:
@@ -111,13 +121,8 @@ def _operand(side: Side, k: int, outer: int, scaled: bool, dtype: torch.dtype) -
         return side.orient(side.parts[0].to(dtype))
     if k * outer < _SMALL:
         return side.decoded(k, outer, scaled).to(dtype)
-
-    def kernel(codes: Tensor, scale: Tensor, quant: Quant) -> Tensor:
-        _dynamic(codes, quant, cast.axis)
-        _dynamic(scale, quant, cast.axis)
-        return _decode_kernel(cast, scaled, dtype)(codes, scale)
-
     cols = k if side.k_axis == 1 else outer
+    kernel = _decode_kernel(cast, scaled, dtype)
     return side.orient(decode(side.parts[0], side.parts[1], cast.quant, cast.axis, cols, kernel))
 
 
@@ -131,11 +136,8 @@ def _finish(acc: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor
         return acc.to(dtype)
     if acc.numel() < _SMALL:
         return epilogue(acc, left, right, bias, dtype)
-    for tensor in (acc, left, right, bias):
-        if tensor is not None:
-            for dim in range(tensor.dim()):
-                torch._dynamo.maybe_mark_dynamic(tensor, dim)
-    return _epilogue_kernel()(acc, left, right, bias, dtype)
+    finished: Tensor = _epilogue_kernel()(acc, left, right, bias, dtype)
+    return finished
 
 
 def _byte_integers(p: Product) -> bool:
