@@ -143,8 +143,8 @@ def test_reference_executor_matches_the_specification(recipe: str, shape: tuple[
         assert error(found[name].flip(0), value) > 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+# Each pair compiles C++ of its own: both shapes and both dtypes, not every combination.
+@pytest.mark.parametrize(("shape", "dtype"), [(SHAPES[0], torch.bfloat16), (SHAPES[1], torch.float32)], ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_inductor_executor_matches_the_reference(recipe: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     layer, x, dy = problem(shape, dtype)
