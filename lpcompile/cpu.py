@@ -18,7 +18,7 @@ from torch import Tensor
 from lpcompile.formats import Quant
 from lpcompile.product import Product, Side, empty_product, epilogue
 from lpcompile.recipe import Cast, Dot
-from lpcompile.reference import decode, from_codes, quantize, quantize_blocks, scaled_blocks
+from lpcompile.reference import Quantized, decode, dequantize, from_codes, quantize, quantize_blocks, scaled_blocks
 
 # A user's pass is meant for the user's graph, not for our kernels.
 _OPTIONS: dict[str, Any] = {"joint_custom_pre_pass": None}
@@ -89,6 +89,17 @@ def run_noise(draw: Callable[[int, Tensor], Tensor], count: int, key: Tensor) ->
     return drawn
 
 
+def run_apply_mask(fn: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, bits: Tensor, transposed: bool) -> Tensor:
+    """`apply_mask`, compiled."""
+    masked: Tensor = (fn if x.numel() < _SMALL else _mask_kernel(fn, transposed))(x, bits, transposed)
+    return masked
+
+
+@functools.cache
+def _mask_kernel(fn: Callable[[Tensor, Tensor, bool], Tensor], transposed: bool) -> _Kernel:
+    return _Kernel(fn, transposed)
+
+
 @functools.cache
 def _decode_kernel(cast: Cast, scaled: bool, dtype: torch.dtype) -> Callable[[Tensor, Tensor, Quant], Tensor]:
     def kernel(codes: Tensor, scale: Tensor) -> Tensor:
@@ -102,6 +113,14 @@ def _decode_kernel(cast: Cast, scaled: bool, dtype: torch.dtype) -> Callable[[Te
 @functools.cache
 def _epilogue_kernel() -> _Kernel:
     return _Kernel(epilogue)
+
+
+def run_dequantize(parts: Sequence[Tensor], cast: Cast, cols: int, dtype: torch.dtype) -> Tensor:
+    """`reference.dequantize` of a CPU tensor's parts."""
+    q = Quantized.of(list(parts), cast.quant)
+    if q.codes.numel() < _SMALL or q.outer is not None:
+        return dequantize(q, cast.quant, cast.axis, cols, dtype)
+    return decode(q.codes, q.scale, cast.quant, cast.axis, cols, _decode_kernel(cast, True, dtype))
 
 
 def _foldable(side: Side, dtype: torch.dtype) -> bool:

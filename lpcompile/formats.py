@@ -302,6 +302,7 @@ class Rule(enum.StrEnum):
     QUEST_PAPER = "questpaper"  # the released variant: standard deviation, power of two rounded down
     MATCHED = "matched"  # 2^(floor(log2 amax) - emax), values shrunk so that nothing saturates (Quartet's 3/4)
     FOUR_SIX = "4over6"  # amax to 6 or to 4, whichever has the smaller squared error in the block
+    EDEN = "eden"  # nearest-even codes; the scales bear an unbiasing correction and are rounded stochastically (MS-EDEN)
 
 
 class Rounding(enum.StrEnum):
@@ -360,18 +361,25 @@ class Quant:
             raise FormatError(f"an e8m0 scale needs a power-of-two rule ({', '.join(_POW2_RULES)}), not {self.rule}")
         if self.scale not in (F32, E8M0, E4M3):
             raise FormatError(f"block scales are f32, e8m0 or e4m3 (with an outer f32), not {self.scale}")
-        if (self.scale == E4M3) != (self.outer is not None):
-            raise FormatError("two-level scaling is written e4m3+f32: an e4m3 block scale under an f32 tensor scale")
-        if self.outer is not None and (self.outer != F32 or self.rule not in (Rule.ABSMAX, Rule.FOUR_SIX)):
-            raise FormatError("two-level scaling takes an f32 outer scale and the rule absmax or 4over6")
-        if self.rule is Rule.FOUR_SIX and (self.elem != E2M1 or self.outer is None):
-            raise FormatError("4over6 chooses between the codes 4 and 6 of e2m1 under a two-level scale")
+        self._check_two_levels()
         if self.rule in (Rule.QUEST, Rule.QUEST_PAPER) and self.quest_clip is None:
             raise FormatError(f"no QuEST constant for {self.elem}; known: {', '.join(QUEST_CLIP)}")
         if self.rule in (Rule.FLOOR, Rule.MATCHED) and isinstance(self.elem, Int):
             raise FormatError(f"rule {self.rule} needs a float element, not {self.elem}")
         if not 0.0 < self.clip <= 2.0:
             raise FormatError(f"clip is a multiple of amax in (0, 2], not {self.clip}")
+
+    def _check_two_levels(self) -> None:
+        if (self.scale == E4M3) != (self.outer is not None):
+            raise FormatError("two-level scaling is written e4m3+f32: an e4m3 block scale under an f32 tensor scale")
+        if self.outer is not None and (self.outer != F32 or self.rule not in (Rule.ABSMAX, Rule.FOUR_SIX, Rule.EDEN)):
+            raise FormatError("two-level scaling takes an f32 outer scale and the rule absmax, 4over6 or eden")
+        if self.rule is Rule.FOUR_SIX and (self.elem != E2M1 or self.outer is None):
+            raise FormatError("4over6 chooses between the codes 4 and 6 of e2m1 under a two-level scale")
+        if self.rule is Rule.EDEN and (self.elem != E2M1 or self.outer is None or self.rounding is not Rounding.RTNE):
+            raise FormatError("eden is a rule for e2m1 under a two-level scale; its codes are rounded to nearest even")
+        if self.rule is Rule.EDEN and (self.block.rows != 1 or self.block.cols < 2 or EDEN_GROUP % self.block.cols):
+            raise FormatError(f"eden corrects the blocks of {EDEN_GROUP} elements of a row together, not {self.block}")
 
     @property
     def target(self) -> float:
@@ -385,6 +393,11 @@ class Quant:
             return 1.0
         assert isinstance(self.elem, Float)
         return self.elem.max / 2.0 ** (self.elem.emax + 1)
+
+    @property
+    def stochastic(self) -> bool:
+        """True where quantisation takes random numbers: one an element, or one a block for `eden`."""
+        return self.rounding.stochastic or self.rule is Rule.EDEN
 
     @property
     def masked(self) -> bool:
@@ -470,6 +483,11 @@ def _token(token: str) -> tuple[str, object]:
             raise FormatError(f"{token!r}: clip takes a number") from None
     return "scale", token
 
+
+# MS-EDEN (arXiv 2601.22813): elements that share a correction, and how far the grid reaches beyond a block's absmax. The
+# first factor keeps a block scale that was rounded down from clipping, the second clips on purpose, for a smaller error.
+EDEN_GROUP = 128
+EDEN_CLIP = 17.0 / 16.0 * 0.93
 
 # Half-range in units of the RMS that minimises a Gaussian's squared error (QuEST; Quartet eq. for E2M1).
 QUEST_CLIP = {

@@ -62,6 +62,16 @@ def decompose(n: int) -> tuple[int, int] | None:
     return (1, n) if _is_power_of_two(n) else None
 
 
+@functools.cache
+def next_size(n: int) -> int:
+    """The smallest size at or above n that has a rotation.
+
+    >>> next_size(576), next_size(1000), next_size(1025)
+    (576, 1024, 1120)
+    """
+    return next(m for m in itertools.count(max(n, 1)) if decompose(m))
+
+
 def largest_block(n: int, limit: int | None = None) -> int:
     """The largest power of two that divides n and is not above `limit`. Raises FormatError for sizes below 1."""
     if n < 1 or (limit is not None and limit < 1):
@@ -74,7 +84,7 @@ def _decompose_or_raise(n: int) -> tuple[int, int]:
     found = decompose(n)
     if found is not None:
         return found
-    above = next(m for m in itertools.count(max(n, 0) + 1) if decompose(m))
+    above = next_size(n)
     below = next((m for m in range(n - 1, 0, -1) if decompose(m)), None)
     nearest = str(above) if below is None else f"{below} and {above}"
     blocks = f" or rotate in blocks of {largest_block(n)}, which divides it" if n > 0 and n % 2 == 0 else ""

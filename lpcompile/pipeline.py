@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.graph import CodeGen
 
-from lpcompile.joint import Joint, Site, size_hint, verify
+from lpcompile.joint import Joint, Site, insert_call, size_hint, verify
 from lpcompile.recipe import Gemm, Options, Recipe, Role
 from lpcompile.target import Target
 
@@ -42,10 +42,27 @@ class Decision:
     # Which casts feed the converted GEMM, by operand ("a", "b"): "<base node>|<cast>". The quantize pass fills it in.
     casts: dict[str, str] = field(default_factory=dict)
 
+    def is_b(self, base: Node) -> bool:
+        """True for the operand that the recipe calls b: the weight in fprop and dgrad, the input in wgrad."""
+        assert self.site is not None
+        return base is (self.site.x if self.role is Role.WGRAD else self.site.w).node
+
+
+@dataclass(frozen=True)
+class RotationCount:
+    """Rotations of a graph: asked for by the recipe (each operand of each GEMM, each output); then after sharing and moving,
+    those that ride inside a quantisation and those that are kernels of their own. moved: what was moved, and what it saved."""
+
+    asked: int
+    riding: int
+    own: int
+    moved: tuple[str, ...] = ()
+
 
 @dataclass
 class Plan:
-    """Everything that the passes know besides the graph. `params`: parameter name by placeholder name."""
+    """Everything that the passes know besides the graph. `params`: parameter name by placeholder name. seed: the node that
+    draws the step's seed, once a pass needed one."""
 
     recipe: Recipe
     options: Options
@@ -54,6 +71,23 @@ class Plan:
     joint: Joint = field(default_factory=lambda: Joint([]))
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    seed: Node | None = None
+    rotations: RotationCount | None = None
+
+    def decision(self, site: Site, role: Role) -> Decision | None:
+        """The decision on one GEMM of a site where it is converted."""
+        return next((d for d in self.decisions if d.converted and d.site is site and d.role is role), None)
+
+
+def draw_seed(graph: Graph, plan: Plan) -> Node:
+    """The step's one seed, drawn before the first GEMM. Saved, never recomputed: a second draw would differ."""
+    if plan.seed is None:
+        sites = {d.site.nodes[Role.FPROP]: d.site for d in plan.decisions if d.converted and d.site is not None}
+        anchor = next(node for node in graph.nodes if node in sites)
+        plan.seed = insert_call(graph, anchor, torch.ops.lowprec.draw_seed.default, (sites[anchor].x.node,))
+        for key in ("recompute", "ac_graph_id"):
+            plan.seed.meta.pop(key, None)
+    return plan.seed
 
 
 @dataclass(frozen=True)

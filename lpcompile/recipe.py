@@ -6,7 +6,8 @@ A linear layer Y = X W^T has three GEMMs. Each is described in its own (outer, c
     dgrad  dX = dY W       a = dY [T, N]      b = W^T  [K, N]     contraction N (out-features)
     wgrad  dW = dY^T X     a = dY^T [N, T]    b = X^T  [K, T]     contraction T (tokens)
 
-so `Quant(block=1x128)` always means 128 along that GEMM's own contraction, and nobody picks an axis.
+so `Quant(block=1x128)` always means 128 along that GEMM's own contraction, and nobody picks an axis. In a `Gemm`, the axes of
+a product [M, N] = a [M, K] b [N, K]^T are called k, m and n whatever they are in the layer.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from lpcompile import hadamard
 from lpcompile.errors import OptionError, RecipeError, near_matches
 from lpcompile.formats import Quant
 
@@ -39,58 +41,102 @@ class Signs(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthonormal Hadamard rotation of each `block` elements along a GEMM's contraction: x -> (x * signs) H.
+    """An orthonormal Hadamard rotation of each `block` elements along one axis: x -> (x * signs) H.
 
-    Both operands are turned alike, so the rotation cancels in the product. Text form: `h16`, `h32drawn`, `h16fixed`.
+    block: a power of two or another size of `hadamard.decompose`; 0: the whole axis, zero-padded to the next such size.
+    Text form: `h16`, `h32drawn`, `h16fixed`, `hfull`. Raises RecipeError for a size that has no rotation.
     """
 
     block: int
     signs: Signs = Signs.NONE
 
     def __post_init__(self) -> None:
-        if self.block < 2 or self.block & (self.block - 1):
-            raise RecipeError(f"a rotation turns blocks of a power of two, not {self.block}")
+        if self.block and (self.block < 2 or hadamard.decompose(self.block) is None):
+            raise RecipeError(f"there is no Hadamard rotation of {self.block}; write a power of two or hfull")
+
+    def resolved(self, size: Any) -> Rotation:
+        """The rotation with its block as a number, for an axis of `size` (int or SymInt)."""
+        if self.block:
+            return self
+        # The next size that can be turned is no function of a symbol: blocks of a fixed size spread nearly as well.
+        return replace(self, block=max(hadamard.next_size(size), 2) if isinstance(size, int) else _DYNAMIC_BLOCK)
+
+    def padded(self, size: Any) -> Any:
+        """`size` (int or SymInt) of an axis, rounded up to whole blocks."""
+        return (size + self.block - 1) // self.block * self.block
 
     def __str__(self) -> str:
-        return f"h{self.block}{self.signs}"
+        return f"h{self.block or 'full'}{self.signs}"
 
     @staticmethod
     def parse(text: str) -> Rotation:
-        match = re.fullmatch(r"h(\d+)(fixed|drawn|)", text)
+        match = re.fullmatch(r"h(\d{1,6}|full)(fixed|drawn|)", text)
         if not match:
-            raise RecipeError(f"{text!r} is not a rotation; write e.g. h16, h16fixed or h32drawn")
-        return Rotation(int(match[1]), Signs(match[2]))
+            raise RecipeError(f"{text!r} is not a rotation; write e.g. h16, h16fixed, h32drawn or hfull")
+        return Rotation(0 if match[1] == "full" else int(match[1]), Signs(match[2]))
+
+
+_DYNAMIC_BLOCK = 256  # stands for hfull along an axis of unknown length
+AXES = ("k", "m", "n")
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """How the operands of one GEMM are quantised, and turned before. None keeps that operand in high precision.
+    """How the operands of one GEMM [M, N] = a [M, K] b [N, K]^T are quantised, and turned before.
 
-    Text form: `<quant> @ <quant>[ * <rotation>]`. Raises RecipeError for a rotation of only one operand.
+    a, b: None keeps that operand in high precision. k: a rotation of both along the contraction, which cancels in the
+    product. m, n: a rotation of a along M (of b along N), undone on the product. codes: b is quantised from the decoded codes
+    of fprop in place of the tensor (Quartet); a rotation that fprop gave it is then undone on the product, and gradients pass
+    fprop's clip mask if it made one.
+
+    Text form: `<quant> @ [codes>]<quant>[ * k:<rotation>][ * m:<rotation>][ * n:<rotation>]`. Raises RecipeError for a
+    rotation of an operand in high precision.
     """
 
     a: Quant | None
     b: Quant | None
-    rotation: Rotation | None = None
+    k: Rotation | None = None
+    m: Rotation | None = None
+    n: Rotation | None = None
+    codes: bool = False
 
     def __post_init__(self) -> None:
-        if self.rotation is not None and (self.a is None or self.b is None):
-            raise RecipeError("a rotation cancels only where both operands are turned: neither may be hp")
+        if self.k is not None and (self.a is None or self.b is None):
+            raise RecipeError("a rotation along k cancels only where both operands are turned: neither may be hp")
+        if (self.m is not None and self.a is None) or (self.n is not None and self.b is None):
+            raise RecipeError("a rotation rides on a quantisation: the operand that m or n turns may not be hp")
+        if self.codes and (self.b is None or self.n is not None):
+            raise RecipeError("codes> quantises b again, in the rotation that fprop gave it: b may not be hp, n not be given")
+
+    @property
+    def rotations(self) -> dict[str, Rotation]:
+        """The rotations by axis: k, m, n."""
+        return {axis: rotation for axis in AXES if (rotation := getattr(self, axis)) is not None}
 
     def __str__(self) -> str:
-        return f"{self.a or 'hp'} @ {self.b or 'hp'}" + (f" * {self.rotation}" if self.rotation else "")
+        text = f"{self.a or 'hp'} @ {'codes>' if self.codes else ''}{self.b or 'hp'}"
+        return text + "".join(f" * {axis}:{rotation}" for axis, rotation in self.rotations.items())
 
     @staticmethod
     def parse(text: str) -> Gemm | None:
         """`int8:row @ int8:row`, `e4m3:1x128 @ hp`; `hp` alone is None: the GEMM stays as it is."""
         if text.strip() == "hp":
             return None
-        text, star, rotation = text.partition("*")
-        sides = [side.strip() for side in text.split("@")]
+        # A star also stands for a whole axis in a block (`*x32`): only one before a rotation separates.
+        product, *turns = (part.strip() for part in re.split(r"\*\s*(?=(?:\w+\s*:\s*)?h\w*(?:\s|$))", text))
+        sides = [side.strip() for side in product.split("@")]
         if len(sides) != 2:
             raise RecipeError(f"{text!r} is not a GEMM; write 'quant @ quant', e.g. 'e4m3:row @ e4m3:row', or 'hp'")
-        a, b = (None if side == "hp" else Quant.parse(side) for side in sides)
-        return Gemm(a, b, Rotation.parse(rotation.strip()) if star else None)
+        codes = sides[1].startswith("codes>")
+        a, b = (None if side == "hp" else Quant.parse(side) for side in (sides[0], sides[1].removeprefix("codes>")))
+        rotations: dict[str, Rotation] = {}
+        for turn in turns:
+            axis, colon, rotation = turn.partition(":")
+            axis, rotation = (axis.strip(), rotation.strip()) if colon else ("k", turn)
+            if axis not in AXES or axis in rotations:
+                raise RecipeError(f"{turn!r} is no rotation of a GEMM: write k:, m: or n: once each, e.g. 'k:h16fixed'")
+            rotations[axis] = Rotation.parse(rotation)
+        return Gemm(a, b, **rotations, codes=codes)
 
 
 # Never converted: output heads, embeddings and adapters, by the names that common models and PEFT give them.
@@ -111,6 +157,13 @@ class Recipe:
     wgrad: Gemm | None = None
     keep: tuple[str, ...] = KEEP
     keep_last: float = 0.0  # this share of the numbered blocks, at the end of the model, stays in high precision too
+
+    def __post_init__(self) -> None:
+        for gemm, source in ((self.dgrad, "b"), (self.wgrad, "a")):
+            if gemm is not None and gemm.codes and (self.fprop is None or getattr(self.fprop, source) is None):
+                raise RecipeError(f"{self.name}: codes> needs codes, but fprop leaves that operand in high precision")
+        if self.fprop is not None and self.fprop.codes:
+            raise RecipeError(f"{self.name}: codes> stands in dgrad or wgrad and means the codes of fprop")
 
     def gemm(self, role: Role) -> Gemm | None:
         found: Gemm | None = getattr(self, role.value)
@@ -158,45 +211,56 @@ def _part(key: str, value: str) -> Any:
 @dataclass(frozen=True)
 class Cast:
     """One quantisation as the graph holds it: the Quant, the storage axis (0 rows, 1 columns) of its contraction, and the
-    rotation along that axis that comes first (zero-padding it to whole blocks, rounding to the tensor's own dtype).
+    rotation along each storage axis that comes first (zero-padding it to whole blocks; the result has the tensor's own dtype).
 
-    Text form: `<quant>|<axis>[|<rotation>]`. Without a rotation, blocks that look the same from both axes are normalised to
-    axis 1, so that one quantisation serves GEMMs that contract either way.
+    Text form: `<quant>|<axis>[|0:<rotation>][|1:<rotation>]`. Blocks that look the same from both axes are normalised to axis
+    1, so that one quantisation serves GEMMs that contract either way.
     """
 
     quant: Quant
     axis: int
-    rotation: Rotation | None = None
+    rotations: tuple[Rotation | None, Rotation | None] = (None, None)
 
     def __post_init__(self) -> None:
         if self.axis not in (0, 1):
             raise OptionError(f"a cast contracts storage axis 0 or 1, not {self.axis}")
+        if any(r is not None and not r.block for r in self.rotations):
+            raise RecipeError("a cast turns blocks of a known size: resolve hfull first")
         # A packed or masked result depends on storage order only, so symmetry of the block is all that matters.
-        if self.quant.block.symmetric and self.axis == 0 and self.rotation is None:
+        if self.quant.block.symmetric and self.axis == 0:
             object.__setattr__(self, "axis", 1)
+
+    @property
+    def turns(self) -> bool:
+        """True where a rotation comes before the quantisation."""
+        return self.rotations != (None, None)
 
     @property
     def random(self) -> bool:
         """True where the result depends on the step's seed."""
-        return self.quant.rounding.stochastic or (self.rotation is not None and self.rotation.signs is Signs.DRAWN)
+        return self.quant.stochastic or any(r is not None and r.signs is Signs.DRAWN for r in self.rotations)
 
     def turned(self, shape: Sequence[Any]) -> list[Any]:
-        """`shape` with the contraction padded to whole rotation blocks (ints or SymInts)."""
+        """`shape` with each turned axis padded to whole rotation blocks (ints or SymInts)."""
         found = list(shape)
-        if self.rotation is not None:
-            block = self.rotation.block
-            found[-2 + self.axis] = (found[-2 + self.axis] + block - 1) // block * block
+        for axis, rotation in enumerate(self.rotations):
+            if rotation is not None:
+                found[-2 + axis] = rotation.padded(found[-2 + axis])
         return found
 
     def __str__(self) -> str:
-        return f"{self.quant}|{self.axis}" + (f"|{self.rotation}" if self.rotation else "")
+        return f"{self.quant}|{self.axis}" + "".join(f"|{axis}:{r}" for axis, r in enumerate(self.rotations) if r is not None)
 
     @staticmethod
     def parse(text: str) -> Cast:
         quant, *rest = text.split("|")
-        if not 1 <= len(rest) <= 2 or rest[0] not in ("0", "1"):
-            raise RecipeError(f"{text!r} is not a cast; write '<quant>|0' or '<quant>|1', then perhaps '|<rotation>'")
-        return Cast(Quant.parse(quant), int(rest[0]), Rotation.parse(rest[1]) if len(rest) == 2 else None)
+        match = re.fullmatch(r"([01])(?:\|0:([^|]+))?(?:\|1:([^|]+))?", "|".join(rest))
+        if not match:
+            raise RecipeError(
+                f"{text!r} is not a cast; write '<quant>|0' or '<quant>|1', then perhaps '|0:<rotation>|1:<rotation>'"
+            )
+        rows, cols = (Rotation.parse(part) if part else None for part in match.groups()[1:])
+        return Cast(Quant.parse(quant), int(match[1]), (rows, cols))
 
 
 @dataclass(frozen=True)

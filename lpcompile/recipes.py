@@ -7,13 +7,15 @@ sum of the unquantised E; output heads and embeddings stay in high precision.
 
 from __future__ import annotations
 
+import re
+
 from lpcompile.errors import RecipeError, near_matches
 from lpcompile.formats import Quant
 from lpcompile.recipe import Gemm, Recipe, Rotation
 
 
-def _gemm(a: str, b: str, rotation: str | None = None) -> Gemm:
-    return Gemm(Quant.parse(a), Quant.parse(b), Rotation.parse(rotation) if rotation else None)
+def _gemm(a: str, b: str, codes: bool = False, **rotations: str) -> Gemm:
+    return Gemm(Quant.parse(a), Quant.parse(b), codes=codes, **{k: Rotation.parse(r) for k, r in rotations.items()})
 
 
 # Y = X W^T, dX = E W, dW = E^T X: nothing is touched; the compiled code is bitwise Inductor's.
@@ -74,14 +76,88 @@ NVFP4 = Recipe(
     "nvfp4",
     fprop=_gemm(_FP4, "e2m1:16x16:e4m3+f32"),
     dgrad=_gemm(_FP4 + ":sr", "e2m1:16x16:e4m3+f32"),
-    wgrad=_gemm(_FP4 + ":sr", _FP4, "h16fixed"),
+    wgrad=_gemm(_FP4 + ":sr", _FP4, k="h16fixed"),
     keep_last=0.15,
 )
 
-RECIPES = (NONE, FP8_TENSORWISE, FP8_ROWWISE, FP8_ROWWISE_GW_HP, DEEPSEEK, MXFP8, INT8_ROWWISE, MXFP4, NVFP4)
+# HALO (arXiv 2501.02625): one scale per tensor; X' = X H along in-features, E' = H E along tokens, over the whole axis.
+# level 0   Y = Q(X) Q(W)^T         dX = Q(E) Q(W)                  dW = Q(E)^T Q(X)
+# level 1   Y = Q(X') Q(W')^T       dX = [Q(E) Q(W')] H^T           dW = [Q(E)^T Q(X')] H^T
+# level 2   as 1                    dX = H^T [Q(E') Q(W')] H^T      as 1
+# level 2x  as 1                    as 2                            dW = [Q(E')^T Q(H X')] H^T
+# Level 2x is ours: token outliers of E reach dW as well, and there the rotation cancels, so that E is quantised only once.
+_HALO_FORMATS = {"fp8": "e4m3:tensor", "fp6": "e3m2:tensor:clip=0.75", "fp4": "e2m1:tensor:clip=0.75"}
+_HALO_DEFAULTS = {"0": "fp8", "1": "fp6", "2": "int8", "2x": "int8"}
+_HALO_NAME = re.compile(r"halo(0|1|2x?)(?:-(\w+))?")
 
-# torchao's names for the same methods.
-ALIASES = {"tensorwise": "fp8-tensorwise", "rowwise": "fp8-rowwise", "rowwise_with_gw_hp": "fp8-rowwise-gw-hp"}
+
+def halo(level: str, elem: str, name: str) -> Recipe:
+    """HALO at a level ("0", "1", "2", "2x") in a format: fp8, fp6, fp4 (those of HALO's code), int8 or any other element.
+
+    Raises FormatError for an unknown format.
+    """
+    quant = Quant.parse(_HALO_FORMATS.get(elem, f"{elem}:tensor"))
+    whole = Rotation.parse("hfull")
+    features = whole if level != "0" else None
+    tokens = whole if level in ("2", "2x") else None
+    return Recipe(
+        name,
+        fprop=Gemm(quant, quant, k=features),
+        dgrad=Gemm(quant, quant, m=tokens, n=features),
+        wgrad=Gemm(quant, quant, k=whole if level == "2x" else None, n=features),
+    )
+
+
+HALO = tuple(halo(level, elem, f"halo{level}") for level, elem in _HALO_DEFAULTS.items())
+INT8_TENSORWISE = halo("0", "int8", "int8-tensorwise")
+
+
+# Quartet (arXiv 2505.14669 v4): MXFP4. H turns 32 in-features of X and W; QuEST fits the scale to the RMS and remembers in M
+# what it clipped. Backward takes the codes of fprop, turned anew with drawn signs (R, 32 long) and shrunk by 3/4.
+# Y  = Q(XH) Q(WH)^T
+# dX = ([A(E R) A(Q(WH)^T R)^T] * Mx) H^T
+# dW = ([A(E^T R) A(Q(XH)^T R)^T] * Mw) H^T
+def _quartet(name: str, rule: str = "quest", rounding: str = "") -> Recipe:
+    forward, backward = f"e2m1:1x32:e8m0:{rule}", f"e2m1:1x32:e8m0:matched{rounding}"
+    gradient = _gemm(backward, backward, codes=True, k="h32drawn")
+    return Recipe(name, fprop=_gemm(forward, forward, k="h32"), dgrad=gradient, wgrad=gradient)
+
+
+QUARTET = _quartet("quartet")
+QUARTET_PAPER = _quartet("quartet-paper", rule="questpaper")  # the released quantiser: scale rounded down, mean subtracted
+QUARTET_SR = _quartet("quartet-sr", rounding=":sr")  # version 1: stochastic rounding in backward
+
+# Quartet II (arXiv 2601.22813): NVFP4. Forward picks 4 or 6 for each block's absmax; backward turns the codes of fprop and E
+# with drawn signs (R, 128 long) and rounds to nearest, with an unbiasing correction in the scales (MS-EDEN).
+# Y = Q46(X) Q46(W)^T,  dX = Q(E R) Q(Q46(W)^T R)^T,  dW = Q(E^T R) Q(Q46(X)^T R)^T
+_EDEN = _gemm(_FP4 + ":eden", _FP4 + ":eden", codes=True, k="h128drawn")
+QUARTET2 = Recipe("quartet2", fprop=_gemm(_FP4 + ":4over6", _FP4 + ":4over6"), dgrad=_EDEN, wgrad=_EDEN)
+
+RECIPES = (
+    NONE,
+    FP8_TENSORWISE,
+    FP8_ROWWISE,
+    FP8_ROWWISE_GW_HP,
+    DEEPSEEK,
+    MXFP8,
+    INT8_TENSORWISE,
+    INT8_ROWWISE,
+    *HALO,
+    MXFP4,
+    QUARTET,
+    QUARTET_PAPER,
+    QUARTET_SR,
+    NVFP4,
+    QUARTET2,
+)
+
+# torchao's names for the same methods, and the best of a width by its plain name.
+ALIASES = {
+    "tensorwise": "fp8-tensorwise",
+    "rowwise": "fp8-rowwise",
+    "rowwise_with_gw_hp": "fp8-rowwise-gw-hp",
+    "fp4": "quartet2",
+}
 
 
 def find_recipe(recipe: str | Recipe) -> Recipe:
@@ -92,6 +168,8 @@ def find_recipe(recipe: str | Recipe) -> Recipe:
         raise RecipeError(f"a recipe is a name, a text or a Recipe, not {type(recipe).__name__}")
     if ":" in recipe:
         return Recipe.parse(recipe)
+    if match := _HALO_NAME.fullmatch(recipe):
+        return halo(match[1], match[2] or _HALO_DEFAULTS[match[1]], recipe)
     by_name = {r.name: r for r in RECIPES}
     name = ALIASES.get(recipe, recipe)
     if name not in by_name:

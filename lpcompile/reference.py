@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcompile.errors import FormatError
-from lpcompile.formats import E8M0, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
+from lpcompile.formats import E8M0, EDEN_CLIP, EDEN_GROUP, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
 
 _BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
 _SQRT2_MANTISSA = 0x3504F3  # FP32 mantissa just below sqrt(2): above it, the nearest power of two is the next one
@@ -254,6 +254,46 @@ def _quantize_two_level(blocks: Tensor, quant: Quant, noise: Tensor | None) -> t
     return torch.where(four, scale4, scale), outer, torch.where(four, grid4, grid)
 
 
+def _quantize_eden(blocks: Tensor, quant: Quant, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(block scale, outer scale, grid values) of MS-EDEN (spec quartet section 10). noise: uniform [0, 1) per block.
+
+    Codes are rounded to nearest; each row's group of 128 elements is then stretched by <y, y> / <y, v>, so that rotating,
+    quantising and averaging over random signs gives back the tensor. The stretched scales are rounded stochastically.
+    """
+    peak = amax(blocks).amax(dim=(-4, -2), keepdim=True)
+    reach = quant.target / EDEN_CLIP
+    outer = peak / peak.new_full((), 256.0 * reach)
+    outer = torch.where(peak < float("inf"), torch.where(outer > 0, outer, 1.0), float("nan"))
+    scale = round_to_grid(amax(blocks) / (outer * reach), quant.scale)
+    scale = torch.where(scale == 0, 1.0, scale)
+    values = blocks / (scale * outer)
+    grid = round_to_grid(values, quant.elem)
+    # FP64: the order of an FP32 sum is nobody's to promise, and one bit of it could change a rounded scale.
+    wide = values.double()
+    along = 3 if blocks.shape[-1] > 1 or blocks.shape[-3] == 1 else 1
+    count = EDEN_GROUP // (blocks.shape[-1] * blocks.shape[-3])
+    power, product = (
+        _group_sum((wide * other).sum(dim=(-3, -1), keepdim=True), along, count) for other in (wide, grid.double())
+    )
+    correction = torch.where(product > 0, power / product, 1.0).to(torch.float32)
+    corrected = torch.clamp(scale * correction, max=quant.scale.max)
+    return round_to_grid(corrected, quant.scale, Rounding.SR, noise), outer, grid
+
+
+def _group_sum(values: Tensor, dim: int, count: int) -> Tensor:
+    """The sum of each `count` neighbours along `dim`, in every one of them; a rest at the end is a group of its own."""
+    size = values.shape[dim]
+    padded = F.pad(values.movedim(dim, -1), (0, -size % count)).unflatten(-1, (-1, count))
+    total = padded.sum(-1, keepdim=True).expand_as(padded).flatten(-2)
+    summed: Tensor = total[..., :size].movedim(-1, dim)
+    return summed
+
+
+def noise_shape(quant: Quant, axis: int, shape: Sequence[int]) -> list[int]:
+    """The shape of the random numbers that a quantisation takes: one an element, or one a block for `eden`."""
+    return part_shapes(quant, axis, shape)[1][0] if quant.rule is Rule.EDEN else list(shape)
+
+
 def part_shapes(quant: Quant, axis: int, shape: Sequence[Any]) -> list[tuple[list[Any], torch.dtype]]:
     """(shape, dtype) of each part of a quantisation of a tensor of `shape` (ints or SymInts)."""
     block_rows, block_cols = quant.block.along(axis % 2)
@@ -285,7 +325,11 @@ def quantize_blocks(blocks: Tensor, quant: Quant, noise: Tensor | None) -> list[
     parts: list[Tensor] = []
     mask = None
     if quant.outer is not None:
-        scale, outer, grid = _quantize_two_level(wide, quant, noise)
+        if quant.rule is Rule.EDEN:
+            assert noise is not None
+            scale, outer, grid = _quantize_eden(wide, quant, noise)
+        else:
+            scale, outer, grid = _quantize_two_level(wide, quant, noise)
         parts.append(outer.to(torch.float32))
         valid = torch.eq(outer, outer)
     else:
@@ -323,7 +367,7 @@ def quantize(
 
     Returns codes [..., R, C] (packed along C where codes have 4 bits), block scales [..., R/r, C/c], the FP32 outer scale
     [..., 1, 1] of two-level and range-matched formats, and the packed clip mask [..., R, C/8] of QuEST.
-    noise: uniform [0, 1) of x's shape for stochastic rounding. kernel: what does the arithmetic on blocks.
+    noise: uniform [0, 1) of `noise_shape` for stochastic rounding. kernel: what does the arithmetic on blocks.
     Raises FormatError for complex or integer input.
     """
     if not x.is_floating_point():
@@ -331,12 +375,15 @@ def quantize(
     if x.numel() == 0:
         shapes = part_shapes(quant, axis, x.shape)
         return Quantized.of([x.new_ones(shape, dtype=dtype) for shape, dtype in shapes], quant)
-    if quant.rounding.stochastic and noise is None:
-        raise FormatError(f"{quant}: stochastic rounding needs noise of x's shape")
+    if quant.stochastic and (noise is None or list(noise.shape) != noise_shape(quant, axis, x.shape)):
+        raise FormatError(f"{quant}: stochastic rounding needs noise of the shape {noise_shape(quant, axis, x.shape)}")
     *batch, rows, cols = x.shape
     sizes = quant.block.along(axis % 2)
     blocks = to_blocks(x, *sizes)
-    codes, scale, *rest = kernel(blocks, quant, to_blocks(noise, *sizes) if noise is not None else None)
+    if noise is not None:
+        # One number a block (eden) is laid out like the scales, in blocks of one.
+        noise = to_blocks(noise, *((1, 1) if quant.rule is Rule.EDEN else sizes))
+    codes, scale, *rest = kernel(blocks, quant, noise)
     found = [
         _pack(codes, quant.packed and codes.shape == blocks.shape, pack_nibbles, batch, rows, cols, 2 if quant.packed else 1),
         scale[:, :, 0, :, 0].reshape(*batch, scale.shape[1], scale.shape[3]),

@@ -270,7 +270,7 @@ def _row(index: int, decision: Decision, trace: Trace, high: dict[str, int]) -> 
         saved_high=high.get(site, 0) if role == Role.FPROP else 0,
         block={name: str(quant.block) for name, quant in quants.items()},
         rounding={name: str(quant.rounding) for name, quant in quants.items()},
-        rotation=str(gemm.rotation or "") if gemm else "",
+        rotation=" * ".join(f"{axis}:{r}" for axis, r in gemm.rotations.items()) if gemm else "",
     )
 
 

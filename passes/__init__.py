@@ -5,6 +5,7 @@ from __future__ import annotations
 from lpcompile.passes.assign import assign
 from lpcompile.passes.canonicalize import canonicalize
 from lpcompile.passes.quantize import quantize
+from lpcompile.passes.rotate import rotate
 from lpcompile.passes.save import save
 from lpcompile.pipeline import Step
 
@@ -13,6 +14,7 @@ assert __name__ == "lpcompile.passes", "import it as lpcompile.passes, not as pa
 PIPELINE = (
     Step("canonicalize", canonicalize, "one node per view, so that sites and shared operands are found by identity"),
     Step("assign", assign, "decide, for each GEMM, whether and how it is converted, and say why"),
+    Step("rotate", rotate, "outliers are spread before anything is quantised; undone where the fewest bytes move"),
     Step("quantize", quantize, "operands become codes and scales, each once; GEMMs become scaled products"),
     Step("save", save, "backward keeps codes and scales, and weights are quantised where they are read"),
 )

@@ -10,14 +10,15 @@ where the Cast is the same. What wgrad needs of the input is quantised in the fo
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from lpcompile.joint import Operand, gemm_bias, gemm_operands, insert_call
-from lpcompile.pipeline import Decision, Plan
-from lpcompile.recipe import Cast, Dot, DotOperand, Role
+from lpcompile.pipeline import Decision, Plan, draw_seed
+from lpcompile.recipe import Cast, Dot, DotOperand, Role, Rotation
 
 assert __name__ == "lpcompile.passes.quantize", "import it as lpcompile.passes, not as passes"
 
@@ -27,39 +28,63 @@ def quantize(graph: Graph, plan: Plan) -> None:
     order = list(graph.nodes)
     by_node = {d.node: d for d in plan.decisions if d.converted}
     converted = [node for node in order if node.name in by_node]
-    rewriter = _Rewriter(graph, converted)
+    rewriter = _Rewriter(graph, plan)
     for node in converted:
         rewriter.rewrite(node, by_node[node.name])
     graph.eliminate_dead_code()
 
 
-class _Rewriter:
-    """Holds the casts made so far, by (base, Cast)."""
+@dataclass(frozen=True)
+class _Source:
+    """What an operand is quantised from: the tensor before its rotations, and those with the numbers of their signs."""
 
-    def __init__(self, graph: Graph, converted: list[Node]) -> None:
-        self.graph, self.converted = graph, converted
-        self.casts: dict[tuple[Node, Cast], list[Node]] = {}
-        self.spins: dict[tuple[Role | None, Node], int] = {}
-        self.seed: Node | None = None
+    base: Node
+    rotations: tuple[Rotation | None, Rotation | None]
+    spins: tuple[int, int]
+
+    @staticmethod
+    def of(node: Node) -> _Source:
+        """Looks behind the rotations of an operand, which will ride inside its quantisation."""
+        rotations: tuple[Rotation | None, Rotation | None] = (None, None)
+        spins = [0, 0]
+        while node.target is torch.ops.lowprec.hadamard.default and node.args[3] is None:
+            source, axis, text, _, *drawn = node.args
+            assert isinstance(source, Node) and isinstance(axis, int)
+            rotations = _only(rotations, 1 - axis, Rotation.parse(str(text)))
+            spins[axis] = drawn[1] if drawn else 0  # type: ignore[assignment]
+            node = source
+        return _Source(node, rotations, (spins[0], spins[1]))
+
+
+def _only(
+    rotations: tuple[Rotation | None, Rotation | None], axis: int, other: Rotation | None
+) -> tuple[Rotation | None, Rotation | None]:
+    """The rotation along `axis` as it is, that along the other axis replaced."""
+    return (rotations[0], other) if axis == 0 else (other, rotations[1])
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The parts of one quantisation. contraction: the storage axis that fprop contracts."""
+
+    parts: list[Node]
+    cast: Cast
+    contraction: int = 1
+
+
+class _Rewriter:
+    """Holds the casts made so far, by what they were made from."""
+
+    def __init__(self, graph: Graph, plan: Plan) -> None:
+        self.graph, self.plan = graph, plan
+        self.casts: dict[tuple[Any, ...], _Made] = {}
+        self.fprop: dict[tuple[str, Node], _Made] = {}  # by site and tensor
 
     def rewrite(self, node: Node, decision: Decision) -> None:
-        assert decision.gemm is not None and decision.site is not None
+        """Replaces one GEMM by a scaled product, behind a clip mask where fprop made one."""
         site = decision.site
-        sides: list[tuple[list[Node], DotOperand]] = []
-        for position, value in enumerate(gemm_operands(node)):
-            operand = Operand.of(value)
-            name = "b" if self._is_b(operand, decision) else "a"
-            quant = decision.gemm.b if name == "b" else decision.gemm.a
-            if quant is None:
-                sides.append(([operand.node], DotOperand(None, operand.transposed)))
-                continue
-            # The contraction is the left operand's last axis and the right one's first, in storage order.
-            cast = Cast(quant, (1 - position) ^ int(operand.transposed), decision.gemm.rotation)
-            # The input's copy for wgrad belongs to the forward pass: its codes are saved, not the tensor.
-            anchor = site.nodes[Role.FPROP] if operand.node is site.x.node else node
-            decision.casts[name] = f"{operand.node.name}|{cast}"
-            parts = self.cast(operand.node, cast, anchor, site.key, self._spin(decision))
-            sides.append((parts, DotOperand(cast, operand.transposed)))
+        assert site is not None
+        sides = [self._side(value, position, node, decision) for position, value in enumerate(gemm_operands(node))]
         (left, left_operand), (right, right_operand) = sides
         args = (
             left,
@@ -71,49 +96,89 @@ class _Rewriter:
         )
         product = insert_call(self.graph, node, torch.ops.lowprec.scaled_mm.default, args)
         product.meta["lowprec"] = {"site": site.key, "role": str(decision.role)}
-        node.replace_all_uses_with(product)
+        node.replace_all_uses_with(self._masked(product, node, decision))
 
-    @staticmethod
-    def _is_b(operand: Operand, decision: Decision) -> bool:
-        """True for the operand that the recipe calls b: the weight in fprop and dgrad, the input in wgrad."""
+    def _side(self, value: Node, position: int, node: Node, decision: Decision) -> tuple[list[Node], DotOperand]:
+        """The parts of one operand, and how the product reads them."""
+        gemm, site = decision.gemm, decision.site
+        assert gemm is not None and site is not None
+        operand = Operand.of(value)
+        source = _Source.of(operand.node)
+        is_b = decision.is_b(source.base)
+        quant = gemm.b if is_b else gemm.a
+        if quant is None:
+            return [operand.node], DotOperand(None, operand.transposed)
+        # The contraction is the left operand's last axis and the right one's first, in storage order.
+        contraction = (1 - position) ^ int(operand.transposed)
+        # The input's copy for wgrad belongs to the forward pass: its codes are saved, not the tensor.
+        anchor = site.nodes[Role.FPROP] if source.base is site.x.node else node
+        codes = self._codes(source, decision) if is_b and gemm.codes else None
+        if codes is None:
+            cast = Cast(quant, contraction, source.rotations)
+            made = self._quantized(source, cast, anchor, site.key)
+        else:
+            cast = Cast(quant, contraction, _only(source.rotations, contraction, None))
+            made = self._requantized(codes, source, cast, node, site.key)
+        if decision.role is Role.FPROP:
+            self.fprop[site.key, source.base] = replace(made, contraction=contraction)
+        decision.casts["b" if is_b else "a"] = f"{source.base.name}|{cast}"
+        return made.parts, DotOperand(cast, operand.transposed)
+
+    def _masked(self, product: Node, node: Node, decision: Decision) -> Node:
+        """Behind the clip mask that fprop's quantisation of the same tensor made: of x for dgrad, of w for wgrad."""
+        gemm, site = decision.gemm, decision.site
+        assert gemm is not None and site is not None
+        wanted = {Role.DGRAD: site.x, Role.WGRAD: site.w}.get(decision.role or Role.FPROP)
+        made = self.fprop.get((site.key, wanted.node)) if gemm.codes and wanted is not None else None
+        if made is None or not made.cast.quant.masked:
+            return product
+        # The product of a and b is [outer, in-features]; so is what the mask was made from where it contracts columns.
+        left = _Source.of(Operand.of(gemm_operands(node)[0]).node).base
+        transposed = decision.is_b(left) == (made.contraction == 1)
+        return insert_call(self.graph, node, torch.ops.lowprec.apply_mask.default, (product, made.parts[-1], transposed))
+
+    def _quantized(self, source: _Source, cast: Cast, anchor: Node, site: str) -> _Made:
+        """The parts of a tensor under `cast`, made before `anchor` unless they exist."""
+        key = (source.base, cast, source.spins)
+        if key not in self.casts:
+            args = (source.base, str(cast), *self._random(cast, source.spins))
+            self.casts[key] = self._call(torch.ops.lowprec.quantize.default, args, cast, source.base, anchor, site)
+        return self.casts[key]
+
+    def _requantized(self, codes: _Made, source: _Source, cast: Cast, anchor: Node, site: str) -> _Made:
+        """The same from codes."""
+        key = (codes.parts[0], cast, source.spins)
+        if key not in self.casts:
+            value = source.base.meta["val"]
+            cols = codes.cast.turned(value.shape)[-1]
+            args = (codes.parts, str(codes.cast), str(cast), cols, value.dtype, *self._random(cast, source.spins))
+            self.casts[key] = self._call(torch.ops.lowprec.requantize.default, args, cast, source.base, anchor, site)
+        return self.casts[key]
+
+    def _codes(self, source: _Source, decision: Decision) -> _Made | None:
+        """What fprop made of a tensor; None, with a note, where its columns are not known as a number."""
         assert decision.site is not None
-        other = decision.site.x if decision.role is Role.WGRAD else decision.site.w
-        return operand.node is other.node
+        made = self.fprop.get((decision.site.key, source.base))
+        if made is not None and not isinstance(source.base.meta["val"].shape[-1], int):
+            self.plan.notes.append(
+                f"{decision.key} {decision.role}: quantised from the tensor and not from fprop's codes, "
+                "whose number of columns varies"
+            )
+            return None
+        return made
 
-    def _spin(self, decision: Decision) -> int:
-        """The number of a GEMM's sign vector. GEMMs that contract with one tensor share it, so that its cast can be shared:
-        the weight in fprop and dgrad, the input in wgrad."""
-        assert decision.site is not None
-        site = decision.site
-        shared = {Role.FPROP: site.x, Role.DGRAD: site.w, Role.WGRAD: site.x}[decision.role or Role.FPROP].node
-        return self.spins.setdefault((decision.role, shared), len(self.spins))
+    def _random(self, cast: Cast, spins: tuple[int, int]) -> tuple[Any, ...]:
+        return (draw_seed(self.graph, self.plan), len(self.casts), list(spins)) if cast.random else ()
 
-    def _seed(self) -> Node:
-        """The step's one seed, drawn before the first GEMM. Saved, never recomputed: a second draw would differ."""
-        if self.seed is None:
-            anchor = self.converted[0]
-            self.seed = insert_call(self.graph, anchor, torch.ops.lowprec.draw_seed.default, (gemm_operands(anchor)[0],))
-            for key in ("recompute", "ac_graph_id"):
-                self.seed.meta.pop(key, None)
-        return self.seed
-
-    def cast(self, base: Node, cast: Cast, anchor: Node, site: str, spin: int) -> list[Node]:
-        """The parts of `base` under `cast`, made before `anchor` unless they exist."""
-        found = self.casts.get((base, cast))
-        if found is None:
-            args: tuple[Any, ...] = (base, str(cast))
-            if cast.random:
-                args = (*args, self._seed(), len(self.casts), spin)
-            call = insert_call(self.graph, anchor, torch.ops.lowprec.quantize.default, args)
-            names = cast.quant.parts
-            found = []
-            for index, name in enumerate(names):
-                part = insert_call(self.graph, anchor, operator.getitem, (call, index))
-                part.meta["lowprec"] = {"site": site, "part": name, "cast": str(cast), "base": base.name}
-                found.append(part)
-            call.meta["lowprec"] = {"site": site, "cast": str(cast), "base": base.name}
-            self.casts[base, cast] = found
-        return found
+    def _call(self, target: Any, args: tuple[Any, ...], cast: Cast, base: Node, anchor: Node, site: str) -> _Made:
+        call = insert_call(self.graph, anchor, target, args)
+        call.meta["lowprec"] = {"site": site, "cast": str(cast), "base": base.name}
+        parts = []
+        for index, name in enumerate(cast.quant.parts):
+            part = insert_call(self.graph, anchor, operator.getitem, (call, index))
+            part.meta["lowprec"] = {**call.meta["lowprec"], "part": name}
+            parts.append(part)
+        return _Made(parts, cast)
 
     def _size(self, node: Node, left: DotOperand, right: DotOperand) -> list[Any] | None:
         """(M, N) where an outer axis is packed in pairs, so that its length cannot be read off the codes."""

@@ -12,6 +12,8 @@ from lpcompile.ops import REFERENCE, sqnr
 from lpcompile.recipe import Cast
 
 LOWPREC = torch.ops.lowprec
+SEED = torch.tensor([12345])
+QUEST = "e2m1:1x32:e8m0:quest|1|1:h32"
 CASTS = ["e4m3:row:up|0", "e4m3:1x128|1", "int8:row|1", "e2m1:1x16:e4m3+f32|0", "e2m1:1x32:e8m0:quest|1", "e4m3:128x128|1"]
 PAIRS = [
     "e4m3:tensor|1 @ e5m2:tensor|1'",
@@ -71,16 +73,54 @@ def test_opcheck_scaled_mm(dot: str) -> None:
 
 
 def test_opcheck_hadamard() -> None:
-    opcheck(LOWPREC.hadamard.default, (torch.randn(32, 64), 1, 16, False))
-    opcheck(LOWPREC.hadamard.default, (torch.randn(32, 64).bfloat16(), 0, 32, True))
+    opcheck(LOWPREC.hadamard.default, (torch.randn(32, 70), 1, "h16"))
+    opcheck(LOWPREC.hadamard.default, (torch.randn(32, 64).bfloat16(), 0, "h32drawn", 30, SEED, 3))
+
+
+def test_opcheck_requantize_and_mask() -> None:
+    parts = LOWPREC.quantize(torch.randn(64, 96), QUEST)
+    opcheck(
+        LOWPREC.requantize.default, (parts, QUEST, "e2m1:1x32:e8m0:matched:sr|0|0:h32drawn", 96, torch.float32, SEED, 1, [2, 0])
+    )
+    opcheck(LOWPREC.apply_mask.default, (torch.randn(64, 96), parts[-1], False))
+    opcheck(LOWPREC.apply_mask.default, (torch.randn(96, 64).bfloat16(), parts[-1], True))
+
+
+def test_requantize_starts_from_what_the_codes_stand_for() -> None:
+    """In the rotation that they are in; the compiled form gives the same bits."""
+    x = torch.randn(96, 160)
+    parts = LOWPREC.quantize(x, QUEST)
+    decoded = REFERENCE["dequantize"](parts, QUEST, 160, torch.bfloat16)
+    cast = "e2m1:1x32:e8m0:matched|0|0:h32drawn"
+    wanted = REFERENCE["quantize"](decoded, cast, SEED, 4, [7, 0])
+    for implementation in (REFERENCE["requantize"], LOWPREC.requantize):
+        found = implementation(parts, QUEST, cast, 160, torch.bfloat16, SEED, 4, [7, 0])
+        assert all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+        assert not torch.equal(found[0], implementation(parts, QUEST, cast, 160, torch.bfloat16, SEED, 4, [8, 0])[0])
+
+
+def test_mask_keeps_what_was_not_clipped() -> None:
+    x = torch.randn(96, 160) * torch.randn(96, 1).exp()
+    x[3, 5], x[90, 159] = 100.0, -100.0
+    bits = LOWPREC.quantize(x, "e2m1:1x32:e8m0:quest|1")[-1]
+    gradient = torch.randn(96, 160)
+    for implementation in (REFERENCE["apply_mask"], LOWPREC.apply_mask):
+        masked = implementation(gradient, bits, False)
+        assert masked[3, 5] == 0
+        assert masked[90, 159] == 0
+        assert (masked == gradient).float().mean() > 0.9
+        assert torch.equal(implementation(gradient.T, bits, True), masked.T)
 
 
 def test_hadamard_is_orthonormal() -> None:
-    x = torch.randn(32, 64)
-    for axis in (0, 1):
-        turned = LOWPREC.hadamard(x, axis, 16, False)
-        torch.testing.assert_close(LOWPREC.hadamard(turned, axis, 16, True), x, atol=1e-5, rtol=0)
-        assert (turned - x).norm() > 1.0
+    x = torch.randn(30, 70)
+    for axis, padded in ((0, (32, 70)), (1, (30, 80))):
+        turned = LOWPREC.hadamard(x, axis, "h16drawn", None, SEED, 2)
+        assert turned.shape == padded
+        back = LOWPREC.hadamard(turned, axis, "h16drawn", x.shape[axis], SEED, 2)
+        torch.testing.assert_close(back, x, atol=1e-5, rtol=0)
+        assert (LOWPREC.hadamard(turned, axis, "h16drawn", x.shape[axis], SEED, 1) - x).norm() > 1.0
+        assert (turned[:30, :70] - x).norm() > 1.0
         torch.testing.assert_close(turned.norm(), x.norm())
 
 

@@ -69,13 +69,13 @@ def _bits(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("axis", [0, 1])
 def test_rotations_cancel_in_the_product(rotation: str, axis: int) -> None:
     """Turned operands have the product of the plain ones, for lengths that the block does not divide too."""
-    cast = Cast.parse(f"int8:row|{axis}|{rotation}")
+    cast = Cast.parse(f"int8:row|{axis}|{axis}:{rotation}")
     a, b = (torch.randn(*((37, 75) if axis == 1 else (75, 37)), dtype=torch.float64).float() for _ in range(2))
-    turned_a, turned_b = (turn(x, cast, SEED, 5) for x in (a, b))
+    turned_a, turned_b = (turn(x, cast, SEED, (5, 5)) for x in (a, b))
     product = turned_a @ turned_b.mT if axis == 1 else turned_a.mT @ turned_b
     exact = a @ b.mT if axis == 1 else a.mT @ b
     torch.testing.assert_close(product, exact, atol=1e-4, rtol=1e-5)
-    other = turn(b, cast, SEED, 6)
+    other = turn(b, cast, SEED, (6, 6))
     mixed = turned_a @ other.mT if axis == 1 else turned_a.mT @ other
     assert torch.allclose(mixed, exact, atol=1e-2) == (not rotation.endswith("drawn"))
 

@@ -108,9 +108,9 @@ def test_saved_bytes_are_the_codes_and_scales_for_backward(report: lp.Report) ->
 def test_rotation_and_rounding_are_shown() -> None:
     report = lp.explain(Net(), recipe="wgrad: e2m1:1x16:e4m3+f32:sr @ e2m1:1x16:e4m3+f32 * h16fixed")(torch.randn(TOKENS, 32))
     row = next(row for row in report.rows if row.converted)
-    assert (row.role, row.rotation, row.rounding) == ("wgrad", "h16fixed", {"a": "sr", "b": "rtne"})
+    assert (row.role, row.rotation, row.rounding) == ("wgrad", "k:h16fixed", {"a": "sr", "b": "rtne"})
     assert row.block == {"a": "1x16", "b": "1x16"}
-    assert f"{row.a} @ {row.b} * h16fixed" in report.text(300)
+    assert f"{row.a} @ {row.b} * k:h16fixed" in report.text(300)
     assert {row.rotation for row in report.rows if not row.converted} == {""}
 
 
@@ -381,7 +381,7 @@ def calls(code: str) -> Counter[str]:
 
 
 def test_graphs_are_code_before_and_after_each_pass(report: lp.Report) -> None:
-    assert report.stages == ["input", "canonicalize", "assign", "quantize", "save"]
+    assert report.stages == ["input", "canonicalize", "assign", "rotate", "quantize", "save"]
     graphs = {name: calls(report.graph(name)) for name in report.stages}
     products = ("aten.mm.default", "aten.addmm.default", "lowprec.scaled_mm.default")
     for name in report.stages:
