@@ -24,7 +24,8 @@ Pass = Callable[[Graph, "Plan"], None]
 
 @dataclass
 class Decision:
-    """What becomes of one GEMM, and why. `gemm` is what the recipe asks for, None where it stays in high precision."""
+    """What becomes of one GEMM, and why. `gemm` is what the recipe asks for, None where it stays in high precision; `node` the
+    GEMM's name in the graph as traced (a pass that replaces it updates `site.nodes`)."""
 
     key: str
     fqn: str
@@ -73,6 +74,10 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     seed: Node | None = None
     rotations: RotationCount | None = None
+
+    def converted(self) -> dict[Node, Decision]:
+        """The GEMMs to be converted, as they stand in the graph now."""
+        return {d.site.nodes[d.role]: d for d in self.decisions if d.converted and d.site is not None and d.role is not None}
 
     def decision(self, site: Site, role: Role) -> Decision | None:
         """The decision on one GEMM of a site where it is converted."""

@@ -18,7 +18,7 @@ from rich.text import Text
 from lpcompile.cost import predict
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import size_hint
-from lpcompile.pipeline import Decision, Trace
+from lpcompile.pipeline import Decision, RotationCount, Trace
 from lpcompile.recipe import Role
 
 # Where nobody looks at a terminal, lines longer than its default of 80 columns do no harm and folded cells do.
@@ -124,6 +124,14 @@ class Report:
         other = sum(i["bytes"] for i in items) - codes - parameters
         return Saved(codes, other, parameters, sum(row.saved_high for row in self.rows))
 
+    def rotations(self) -> RotationCount | None:
+        """Rotations over all graphs; None where the recipe has none."""
+        counts = [trace.plan.rotations for trace in self.traces if trace.plan.rotations is not None]
+        if not counts:
+            return None
+        moved = tuple(line for count in counts for line in count.moved)
+        return RotationCount(*(sum(getattr(c, name) for c in counts) for name in ("asked", "riding", "own")), moved)
+
     @property
     def stages(self) -> list[str]:
         """Names that `graph` takes: "input" and each pass, in order."""
@@ -195,6 +203,9 @@ class Report:
         if self.converted:
             note = "element:block[:scale][:rule][:rounding], to nearest even where nothing is said; * rotation"
             lines.append(f"casts: {note}")
+        if (turns := self.rotations()) is not None:
+            line = f"rotations: {turns.asked} asked for; {turns.riding} ride inside a quantisation, {turns.own} on their own"
+            lines += [line, *(f"  moved: {moved}" for moved in turns.moved)]
         saved = self.saved()
         if saved.codes or saved.other:
             high = f" (those operands in high precision: {_bytes(saved.high)}, weights being alive anyway)"
@@ -239,6 +250,7 @@ class Report:
             "reasons": dict(self.reasons()),
             "saved": asdict(self.saved()),
             "notes": self.notes,
+            "rotations": asdict(turns) if (turns := self.rotations()) is not None else None,
         }
         return json.dumps(content, indent=1, allow_nan=False)
 

@@ -25,12 +25,10 @@ assert __name__ == "lpcompile.passes.quantize", "import it as lpcompile.passes, 
 
 def quantize(graph: Graph, plan: Plan) -> None:
     """Rewrites every converted GEMM, in graph order, so that a shared cast stands before its first reader."""
-    order = list(graph.nodes)
-    by_node = {d.node: d for d in plan.decisions if d.converted}
-    converted = [node for node in order if node.name in by_node]
+    by_node = plan.converted()
     rewriter = _Rewriter(graph, plan)
-    for node in converted:
-        rewriter.rewrite(node, by_node[node.name])
+    for node in [n for n in graph.nodes if n in by_node]:
+        rewriter.rewrite(node, by_node[node])
     graph.eliminate_dead_code()
 
 

@@ -29,11 +29,11 @@ aten = torch.ops.aten
 
 def rotate(graph: Graph, plan: Plan) -> None:
     """Inserts the rotations of every converted GEMM and simplifies them; `plan.rotations` counts what is left."""
-    by_node = {d.node: d for d in plan.decisions if d.converted}
+    by_node = plan.converted()
     inserter = _Inserter(graph, plan)
     for node in list(graph.nodes):
-        if node.name in by_node:
-            inserter.insert(node, by_node[node.name])
+        if node in by_node:
+            inserter.insert(node, by_node[node])
     if not inserter.asked:
         return
     moved = place(graph)
@@ -80,7 +80,6 @@ class _Inserter:
         else:
             product = insert_call(self.graph, node, node.target, (bias, sides[0], sides[1]))
         decision.site.nodes[decision.role or Role.FPROP] = product
-        decision.node = product.name
         result = product
         for turn in undo:
             assert turn.undone is not None

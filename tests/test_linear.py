@@ -143,9 +143,12 @@ def test_reference_executor_matches_the_specification(recipe: str, shape: tuple[
         assert error(found[name].flip(0), value) > 0.5
 
 
-# Each pair compiles C++ of its own: both shapes and both dtypes, not every combination.
-@pytest.mark.parametrize(("shape", "dtype"), [(SHAPES[0], torch.bfloat16), (SHAPES[1], torch.float32)], ids=str)
-@pytest.mark.parametrize("recipe", RECIPES)
+# Each pair compiles C++ of its own: both shapes and both dtypes, not every combination; FP32 for one recipe of each kind.
+FP32 = ("fp8-tensorwise", "fp8-rowwise-gw-hp", "deepseek", "mxfp8", "int8-rowwise", "halo2x", "quartet", "nvfp4", "quartet2")
+PAIRS = [(r, SHAPES[0], torch.bfloat16) for r in RECIPES] + [(r, SHAPES[1], torch.float32) for r in FP32]
+
+
+@pytest.mark.parametrize(("recipe", "shape", "dtype"), PAIRS, ids=str)
 def test_inductor_executor_matches_the_reference(recipe: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     layer, x, dy = problem(shape, dtype)
     reference = run(recipe, "reference", layer, x, dy)
@@ -158,7 +161,9 @@ def test_inductor_executor_matches_the_reference(recipe: str, shape: tuple[int, 
         distance = (found[name].double() - value.double()).abs()
         # A bias may cancel most of a product that was rounded before: one unit of what was there before, not after.
         worst = (distance / value.double().abs().clamp(min=2 * value.double().std().item())).max()
-        assert worst <= (1e-4 if dtype == torch.float32 else 2.0**-7), name
+        # What is turned back was rounded before and is rounded again.
+        turned_back = any(g is not None and (g.codes or g.m or g.n) for g in map(lp.find_recipe(recipe).gemm, lp.Role))
+        assert worst <= (1e-4 if dtype == torch.float32 else 2.0**-6 if turned_back else 2.0**-7), name
 
 
 def test_a_recipe_is_not_another() -> None:
@@ -173,7 +178,13 @@ def test_a_recipe_is_not_another() -> None:
         assert all(error(found[other], wanted) > 1e-5 for other in others), recipe
 
 
-FLOORS = {"fp8-tensorwise": (22.0, 22.0), "int8-rowwise": (30.0, 30.0), "mxfp4": (15.0, 15.0), "nvfp4": (16.0, 14.5)}
+# Of y, and of both gradients. A power-of-two scale that is rounded down, as Quartet's first code has it, clips a lot.
+FLOORS = {
+    "fp8-tensorwise": (22.0, 22.0), "int8-rowwise": (30.0, 30.0), "int8-tensorwise": (30.0, 30.0),
+    "halo0": (25.0, 25.0), "halo1": (21.5, 21.5), "halo2": (30.0, 30.0), "halo2x": (30.0, 30.0),
+    "mxfp4": (15.0, 15.0), "quartet": (15.0, 13.0), "quartet-paper": (12.0, 8.5), "quartet-sr": (15.0, 11.0),
+    "nvfp4": (16.0, 14.5), "quartet2": (17.5, 15.0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -187,20 +198,22 @@ def test_sqnr_against_high_precision(recipe: str) -> None:
     assert sqnr(found["dw"], exact["dw"].detach()) >= floor_grad
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_codes_and_scales_are_bitwise_the_same_in_both_executors(recipe: str) -> None:
-    layer, x, dy = problem((256, 512, 384), torch.bfloat16)
-    casts = {str(c).replace(":sr", "") for g in map(lp.find_recipe(recipe).gemm, lp.Role) if g for c in (g.a, g.b) if c}
-    for text in sorted(casts):
-        for axis in (0, 1):
-            spec = str(Cast.parse(f"{text}|{axis}"))
-            for value in (x, layer.weight.detach(), dy, x[:101, :333]):
-                found = torch.ops.lowprec.quantize(value, spec)
-                wanted = REFERENCE["quantize"](value, spec)
-                for a, b in zip(found, wanted, strict=True):
-                    assert a.dtype == b.dtype and a.shape == b.shape
-                    assert torch.equal(_bits(a), _bits(b)), (spec, a.dtype)
-                assert not torch.equal(_bits(found[0]), _bits(wanted[0].flip(0)))
+CASTS = sorted({str(c) for r in lp.RECIPES for g in map(r.gemm, lp.Role) if g for c in (g.a, g.b) if c})
+
+
+@pytest.mark.parametrize("text", CASTS)
+def test_codes_and_scales_are_bitwise_the_same_in_both_executors(text: str) -> None:
+    _, x, _ = problem((256, 512, 384), torch.bfloat16)
+    seed = torch.tensor([11])
+    for axis in (0, 1):
+        spec = str(Cast.parse(f"{text}|{axis}"))
+        for value in (x, x[:101, :333]):
+            found = torch.ops.lowprec.quantize(value, spec, seed, 3)
+            wanted = REFERENCE["quantize"](value, spec, seed, 3)
+            for a, b in zip(found, wanted, strict=True):
+                assert a.dtype == b.dtype and a.shape == b.shape
+                assert torch.equal(_bits(a), _bits(b)), (spec, a.dtype)
+            assert not torch.equal(_bits(found[0]), _bits(wanted[0].flip(0)))
 
 
 def _bits(tensor: Tensor) -> Tensor:

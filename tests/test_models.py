@@ -18,10 +18,12 @@ BOUNDS = {
     "none": (0.0, 1e-5),
     FINE: (1e-6, 1e-3),
     "int8-rowwise": (1e-3, 0.12),
-    **{r.name: (1e-3, 0.25) for r in lp.RECIPES if r.name not in ("none", "int8-rowwise", "mxfp4", "nvfp4")},
-    # Four bits: one GEMM is off by 0.17 to 0.2 on Gaussian data, a chain of them by more.
-    "mxfp4": (1e-2, 0.7),
-    "nvfp4": (1e-2, 0.7),
+    # quartet-paper clips by its rounded-down scales until little is left to compare; tests/test_linear.py has it.
+    **{r.name: (1e-3, 0.25) for r in lp.RECIPES if r.name not in ("none", "int8-rowwise", "quartet-paper")},
+    # Six bits; four bits: one GEMM is off by 0.12 to 0.35 on Gaussian data, a chain of them by more.
+    "halo1": (1e-3, 0.4),
+    **dict.fromkeys(("mxfp4", "nvfp4", "quartet2"), (1e-2, 0.7)),
+    **dict.fromkeys(("quartet", "quartet-sr"), (1e-2, 0.9)),
 }
 
 

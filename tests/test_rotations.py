@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 import lpcompile as lp
 from lpcompile import ops
 from lpcompile.recipe import Cast, Dot
+from lpcompile.report import Report
 
 RECIPES = [r.name for r in lp.RECIPES if not r.empty]
 TURNING = [r.name for r in lp.RECIPES if any(g is not None and (g.rotations or g.codes) for g in (r.fprop, r.dgrad, r.wgrad))]
@@ -160,6 +162,9 @@ def test_a_llama_block_has_fewer_rotations_than_its_gemms_ask_for(recipe: str) -
         assert rotations.own <= rotations.asked / 2
     if recipe in ("nvfp4", "quartet2"):
         assert rotations.own == 0  # along the contraction: all of them ride
+    report = Report([trace], recipe, "cpu")
+    assert f"rotations: {rotations.asked} asked for; {rotations.riding} ride" in report.text()
+    assert json.loads(report.to_json())["rotations"]["own"] == rotations.own
 
 
 # ---- outliers, halo section 8.5 --------------------------------------------------------------------------------------
