@@ -10,6 +10,7 @@ from lpcompile.backend import lowprec, pipeline_with
 from lpcompile.errors import (
     FormatError,
     LowprecError,
+    NotCompiledError,
     OptionError,
     RecipeError,
     StrictError,
@@ -22,6 +23,7 @@ from lpcompile.pipeline import Plan, Step, capture
 from lpcompile.recipe import Gemm, Options, Recipe, Role
 from lpcompile.recipes import RECIPES, find_recipe
 from lpcompile.report import Report
+from lpcompile.switch import switch_recipe
 
 __all__ = [
     "RECIPES",
@@ -31,6 +33,7 @@ __all__ = [
     "Gemm",
     "Int",
     "LowprecError",
+    "NotCompiledError",
     "OptionError",
     "Options",
     "Plan",
@@ -48,4 +51,5 @@ __all__ = [
     "find_recipe",
     "lowprec",
     "pipeline_with",
+    "switch_recipe",
 ]

@@ -61,13 +61,17 @@ class RotationCount:
 
 @dataclass
 class Plan:
-    """Everything that the passes know besides the graph. `params`: parameter name by placeholder name. seed: the node that
-    draws the step's seed, once a pass needed one."""
+    """Everything that the passes know besides the graph.
+
+    params: parameter name by placeholder name. frozen: placeholders of parameters that nobody trains in this graph. seed: the
+    node that draws the step's seed, once a pass needed one.
+    """
 
     recipe: Recipe
     options: Options
     target: Target
     params: Mapping[str, str] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
     joint: Joint = field(default_factory=lambda: Joint([]))
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
