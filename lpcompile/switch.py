@@ -25,7 +25,7 @@ from lpcompile.recipes import find_recipe
 
 M = TypeVar("M", bound=nn.Module)
 
-# Options that a module was compiled with. Dynamo finds a backend again by equal dictionaries, and two of them can mean the same.
+# Options that a module was compiled with. Dynamo knows a backend again by equal dictionaries; two of them can mean the same.
 _SEEN: weakref.WeakKeyDictionary[nn.Module, list[dict[str, Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -86,12 +86,14 @@ def _settings(module: nn.Module, context: Any, changes: dict[str, Any]) -> dict[
 def _recompile(module: nn.Module, context: Any, settings: dict[str, Any]) -> None:
     """Replaces the backend of a compiled module in place."""
     backend = _backend(context)
-    arguments: dict[str, Any] = {"backend": lowprec, "fullgraph": getattr(context, "fullgraph", False), "dynamic": backend.dynamic}
     options = dict(settings)
     if (guards := getattr(context._hooks, "guard_filter_fn", None)) is not None:
         options["guard_filter_fn"] = guards
+    arguments: dict[str, Any] = {"backend": lowprec, "dynamic": backend.dynamic, "options": options}
+    arguments["fullgraph"] = getattr(context, "fullgraph", False)
     if isinstance(module, OptimizedModule):
-        module.dynamo_ctx = torch.compile(module._orig_mod, options=options, **arguments).dynamo_ctx
+        fresh: Any = torch.compile(module._orig_mod, **arguments)
+        module.dynamo_ctx = fresh.dynamo_ctx
         module._initialize()
     else:
-        module.compile(options=options, **arguments)
+        module.compile(**arguments)

@@ -38,7 +38,7 @@ def hoist(graph: Graph, plan: Plan) -> None:
     """Turns the deterministic casts of frozen parameters into `quantize_once`."""
     for node in [n for n in graph.nodes if n.target is torch.ops.lowprec.quantize.default]:
         weight = _weight(node.args[0])
-        if weight is None or weight.name not in plan.frozen or parse_cast(node.args[1]).random or _written(weight):
+        if weight is None or weight.name not in plan.frozen or parse_cast(node.args[1]).random:
             continue
         if weight.meta["val"].is_cuda and torch._inductor.config.triton.cudagraphs:
             plan.notes.append("frozen weights are quantised at each step: CUDA graphs keep their own memory")
@@ -52,11 +52,6 @@ def _weight(node: object) -> Node | None:
     while isinstance(node, Node) and node.target in (*_RESHAPES, *CASTS):
         node = node.args[0]
     return node if isinstance(node, Node) and node.op == "placeholder" else None
-
-
-def _written(weight: Node) -> bool:
-    """True where the graph itself writes to the parameter: compiled writes are not always counted."""
-    return any(user.target is aten.copy_.default and user.args[0] is weight for user in weight.users)
 
 
 def _replace(graph: Graph, node: Node, weight: Node, plan: Plan) -> None:
