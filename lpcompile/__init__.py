@@ -19,6 +19,7 @@ from lpcompile.errors import (
 )
 from lpcompile.explain import explain
 from lpcompile.formats import Block, Float, Int, Quant
+from lpcompile.freeze import freeze_quantized, thaw_quantized
 from lpcompile.pipeline import Plan, Step, capture
 from lpcompile.recipe import Gemm, Options, Recipe, Role
 from lpcompile.recipes import RECIPES, find_recipe
@@ -49,7 +50,9 @@ __all__ = [
     "capture",
     "explain",
     "find_recipe",
+    "freeze_quantized",
     "lowprec",
     "pipeline_with",
     "switch_recipe",
+    "thaw_quantized",
 ]

@@ -82,6 +82,13 @@ class Plan:
         """The decision on one GEMM of a site where it is converted."""
         return next((d for d in self.decisions if d.converted and d.site is site and d.role is role), None)
 
+    def note_cast(self, quantize: Node, text: str) -> None:
+        """Adds to the reason of each GEMM that a quantisation feeds."""
+        info = quantize.meta["lowprec"]
+        for decision in self.decisions:
+            if f"{info['base']}|{info['cast']}" in decision.casts.values():
+                decision.reason += f"; {text}"
+
 
 def draw_seed(graph: Graph, plan: Plan) -> Node:
     """The step's one seed, drawn before the first GEMM. Saved, never recomputed: a second draw would differ."""

@@ -59,7 +59,7 @@ def _replace(graph: Graph, node: Node, weight: Node, plan: Plan) -> None:
     assert isinstance(source, Node)
     value = source.meta["val"]
     call = insert_call(graph, node, once.OP, (weight, node.args[1], list(value.shape), value.dtype))
-    call.meta["lowprec"] = info = node.meta["lowprec"]
+    call.meta["lowprec"] = node.meta["lowprec"]
     parts = list(node.users)
     node.replace_all_uses_with(call)
     for made in (call, *parts):
@@ -67,6 +67,4 @@ def _replace(graph: Graph, node: Node, weight: Node, plan: Plan) -> None:
             made.meta["partitioner_tag"] = "must_be_in_backward"
         elif any(is_backward(user) for part in parts for user in part.users):
             made.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-    for decision in plan.decisions:
-        if f"{info['base']}|{info['cast']}" in decision.casts.values():
-            decision.reason += "; weight quantised once"
+    plan.note_cast(call, "weight quantised once")
