@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 from lpcompile import cpu, ops
 from lpcompile.errors import OptionError
 from lpcompile.formats import Quant
-from lpcompile.recipe import KEEP, Cast, Recipe, Signs, glob_to_regex, last_blocks
+from lpcompile.recipe import Cast, Gemm, Recipe, Rotation, Signs, glob_to_regex, last_blocks
 from lpcompile.recipes import find_recipe
 from lpcompile.reference import part_shapes
 
@@ -38,8 +38,8 @@ def freeze_quantized(model: M, recipe: Recipe | Quant | str, keep: Iterable[str]
     Raises OptionError where nothing would be stored: a recipe that leaves weights in high precision or rounds them randomly,
     no linear layer outside `keep`, or layers frozen before.
     """
-    quant, rotation, globs, share = _what(recipe)
-    globs = (*globs, *((keep,) if isinstance(keep, str) else keep))
+    quant, rotation, kept, share = _what(recipe)
+    globs = (*kept, *((keep,) if isinstance(keep, str) else keep))
     names = [name for name, _ in _linear_layers(model)]
     last = last_blocks(names, share)
     chosen = [
@@ -65,35 +65,39 @@ def thaw_quantized(model: M) -> M:
     For what writes to weights, as merging adapters into their base does.
     """
     for _, layer in _linear_layers(model):
-        if parametrize.is_parametrized(layer, "weight") and isinstance(layer.parametrizations["weight"][0], Stored):
+        if _is_stored(layer):
             parametrize.remove_parametrizations(layer, "weight")
+            # What needs no gradient comes back as a buffer.
+            weight = layer.weight.detach()
+            del layer.weight
+            layer.weight = nn.Parameter(weight, requires_grad=False)
     return model
 
 
-def _what(recipe: Recipe | Quant | str) -> tuple[Quant, Any, tuple[str, ...], float]:
+def _is_stored(layer: nn.Linear) -> bool:
+    found: Any = layer.parametrizations if parametrize.is_parametrized(layer, "weight") else None
+    return found is not None and isinstance(found["weight"][0], Stored)
+
+
+def _what(recipe: Recipe | Quant | str) -> tuple[Quant, Rotation | None, tuple[str, ...], float]:
     """How to quantise and turn a weight, which layers to keep, and which share of the last blocks."""
     if isinstance(recipe, str) and ":" in recipe and "fprop" not in recipe:
         recipe = Quant.parse(recipe)
-    if isinstance(recipe, Quant):
-        quant, rotation, globs, share = recipe, None, KEEP, 0.0
-    else:
-        found = find_recipe(recipe)
-        if found.fprop is None or found.fprop.b is None:
-            raise OptionError(f"the recipe {found.name} leaves weights in high precision: there are no codes to store")
-        quant, rotation, globs, share = found.fprop.b, found.fprop.k, found.keep, found.keep_last
+    found = Recipe(str(recipe), fprop=Gemm(recipe, recipe)) if isinstance(recipe, Quant) else find_recipe(recipe)
+    if found.fprop is None or found.fprop.b is None:
+        raise OptionError(f"the recipe {found.name} leaves weights in high precision: there are no codes to store")
+    quant, rotation = found.fprop.b, found.fprop.k
     if quant.stochastic:
         raise OptionError(f"{quant} rounds randomly: stored weights would keep one draw for ever")
     # Signs drawn at each step turn the decoded weight anew.
-    return quant, rotation if rotation is None or rotation.signs is not Signs.DRAWN else None, globs, share
+    drawn = rotation is not None and rotation.signs is Signs.DRAWN
+    return quant, None if drawn else rotation, found.keep, found.keep_last
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Linear layers by name, each once, whose weight is nobody else's."""
     owners = Counter(
-        id(parameter)
-        for module in model.modules()
-        for parameter in module._parameters.values()
-        if parameter is not None
+        id(parameter) for module in model.modules() for parameter in module._parameters.values() if parameter is not None
     )
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and owners[id(module._parameters.get("weight"))] <= 1:
@@ -142,9 +146,7 @@ def _thaw_cpu(parts: list[Tensor], cast: str, shape: Sequence[int], dtype: torch
     return _thaw(decode, parts, cast, shape, dtype)
 
 
-def _thaw(
-    decode: Callable[..., Tensor], parts: list[Tensor], cast: str, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
+def _thaw(decode: Callable[..., Tensor], parts: list[Tensor], cast: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     spec = ops.parse_cast(cast)
     value = decode(parts, cast, spec.turned(shape)[-1], torch.float32 if spec.turns else dtype)
     for axis, rotation in enumerate(spec.rotations):

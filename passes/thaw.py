@@ -1,7 +1,7 @@
 """Weights that are stored as codes feed their products directly.
 
-    q = quantize(thaw(codes, cast), cast)     ->   q = codes                 what fprop asks for, where it was asked for
-    q = quantize(thaw(codes, cast), other)         stays: decoded and quantised again at each step, in a tensor that lives shortly
+    q = quantize(thaw(codes, cast), cast)     ->   q = codes                 where the recipe asks for just this cast
+    q = quantize(thaw(codes, cast), other)         stays: decoded and quantised again, for a short while
     mm(x, thaw(codes, cast))                       stays: a layer in high precision
 
 What stays decodes where it reads: in backward once more, so that nobody keeps a decoded weight from forward to backward.
@@ -10,6 +10,7 @@ What stays decodes where it reads: in backward once more, so that nobody keeps a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
@@ -26,9 +27,9 @@ def thaw(graph: Graph, plan: Plan) -> None:
     """Replaces quantisations of stored weights by the stored codes; marks every other decoding for recomputation."""
     for node in [n for n in graph.nodes if n.target is freeze.OP]:
         for reader in [n for n in _readers(node) if n.target is torch.ops.lowprec.quantize.default]:
-            if reader.args[1] == node.args[1] and reader.args[0] in (node, *_same_shape(node)):
-                _use_codes(node, reader)
+            if reader.args[1] == node.args[1] and _weight_of(reader.args[0]) is node:
                 plan.note_cast(reader, "weight read from its stored codes")
+                _use_codes(node, reader, plan)
             else:
                 plan.note_cast(reader, "weight decoded from its stored codes and quantised again")
                 if is_backward(reader):
@@ -47,14 +48,19 @@ def _readers(node: Node) -> Iterator[Node]:
             yield from _readers(user)
 
 
-def _same_shape(node: Node) -> list[Node]:
-    """Casts of dtype of a decoded weight: its codes stand for them as well."""
-    return [user for user in node.users if user.target in CASTS]
+def _weight_of(node: Any) -> Any:
+    """The value behind casts of dtype, for which codes stand as well."""
+    while isinstance(node, Node) and node.target in (*CASTS, torch.ops.aten.alias.default):
+        node = node.args[0]
+    return node
 
 
-def _use_codes(node: Node, reader: Node) -> None:
+def _use_codes(node: Node, reader: Node, plan: Plan) -> None:
     parts = node.args[0]
     assert isinstance(parts, (list, tuple))
+    requantize = torch.ops.lowprec.requantize.default
+    for user in {user for part in reader.users for user in part.users if user.target is requantize}:
+        plan.note_cast(user, "weight quantised again from its stored codes")
     for part in list(reader.users):
         stored = parts[part.args[1]]  # type: ignore[index]
         assert isinstance(stored, Node)
