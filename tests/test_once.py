@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 from whole_models import CASES, relative
 
 import lpcompile as lp
@@ -217,6 +218,7 @@ def base_casts(traces: list[Any]) -> set[tuple[str, str]]:
         ("fp8-rowwise", "reference"),
         ("int8-rowwise", "reference"),
         ("fp8-tensorwise", "reference"),
+        ("halo2-int8", "reference"),
         ("int8-rowwise", "inductor"),
     ],
 )
@@ -272,6 +274,46 @@ def test_lora_gradients_are_those_of_quantising_at_each_step() -> None:
     for name, gradient in found[0].items():
         assert gradient is not None and gradient.any()
         assert torch.equal(gradient, found[1][name]), name
+
+
+def test_under_activation_checkpointing(calls: Counter[Any]) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 96), nn.Linear(96, 64)
+            self.b.requires_grad_(False)
+
+        def layer(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(torch.relu(self.a(x)))
+            return y
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = checkpoint(self.layer, x, use_reentrant=False)
+            return x
+
+    found = []
+    for passes in (None, tuple(step for step in lp.pipeline_with() if step.name != "hoist")):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        model = Checkpointed()
+        options = {"recipe": "fp8-tensorwise", "executor": "reference", "passes": passes}
+        torch.compile(model, backend="lowprec", options=options)(torch.randn(16, 64)).square().sum().backward()
+        found.append(model.a.weight.grad)
+    assert torch.equal(*found) and found[0].any()
+    assert list(calls.values()) == [1]
+
+
+def test_switching_the_recipe_forgets_the_former_codes() -> None:
+    model = nn.Sequential(nn.Linear(64, 96, bias=False)).requires_grad_(False)
+    compiled = torch.compile(model, backend="lowprec", options={"executor": "reference"})
+    with torch.no_grad():
+        compiled(torch.randn(8, 64))
+        assert once.cached_bytes() == 96 * 64 + 96 * 4
+        lp.switch_recipe(compiled, "mxfp4")
+        assert once.cached_bytes() == 0
+        compiled(torch.randn(8, 64))
+        assert once.cached_bytes() == 96 * 32 + 96 * 2
 
 
 def test_autocast_of_a_frozen_weight_is_done_once_too(calls: Counter[Any]) -> None:
