@@ -248,8 +248,11 @@ class _Reference(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if pipeline.capturing() and n.target is torch.ops.lowprec.quantize.default and "lowprec" in n.meta:
+        if pipeline.capturing() and n.target in (torch.ops.lowprec.quantize.default, once.OP) and "lowprec" in n.meta:
             source, cast, *seeds = self.fetch_args_kwargs_from_env(n)[0]
+            if n.target is once.OP:
+                shape, dtype = seeds
+                source, seeds = source.reshape(shape).to(dtype), []
             for trace in self.traces:
                 trace.sqnr[f"{n.meta['lowprec']['base']}|{cast}"] = ops.sqnr(source, result, cast, *seeds)
         return result

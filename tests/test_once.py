@@ -249,6 +249,7 @@ def test_lora_quantises_its_base_once(recipe: str, executor: str, calls: Counter
     base = [row for row in rows if row.converted]
     assert {row.role for row in base} == {"fprop", "dgrad"}
     assert all(row.reason.endswith("; weight quantised once") for row in base)
+    assert all(set(row.sqnr) == {"a", "b"} for row in base if executor == "reference")
     assert all(not row.converted for row in rows if "lora_" in row.name)
     # Nothing of a frozen weight is kept for backward: it asks again.
     saved = [item["info"] for trace in traces for item in trace.saved if item["info"]]
