@@ -10,6 +10,7 @@ from lpcompile.backend import lowprec, pipeline_with
 from lpcompile.errors import (
     FormatError,
     LowprecError,
+    NotCompiledError,
     OptionError,
     RecipeError,
     StrictError,
@@ -18,10 +19,12 @@ from lpcompile.errors import (
 )
 from lpcompile.explain import explain
 from lpcompile.formats import Block, Float, Int, Quant
+from lpcompile.freeze import freeze_quantized, thaw_quantized
 from lpcompile.pipeline import Plan, Step, capture
 from lpcompile.recipe import Gemm, Options, Recipe, Role
 from lpcompile.recipes import RECIPES, find_recipe
 from lpcompile.report import Report
+from lpcompile.switch import switch_recipe
 
 __all__ = [
     "RECIPES",
@@ -31,6 +34,7 @@ __all__ = [
     "Gemm",
     "Int",
     "LowprecError",
+    "NotCompiledError",
     "OptionError",
     "Options",
     "Plan",
@@ -46,6 +50,9 @@ __all__ = [
     "capture",
     "explain",
     "find_recipe",
+    "freeze_quantized",
     "lowprec",
     "pipeline_with",
+    "switch_recipe",
+    "thaw_quantized",
 ]

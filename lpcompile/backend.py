@@ -24,7 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from lpcompile import ops, pipeline
+from lpcompile import once, ops, pipeline
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import clean_name, parameter_of, size_hint
 from lpcompile.passes import PIPELINE
@@ -52,7 +52,9 @@ def lowprec(
     steps = tuple(Step.of(entry) for entry in (PIPELINE if chosen.passes is None else chosen.passes))
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **chosen.inductor}
     untouched = recipe.empty and chosen.passes is None and not pipeline.capturing()
-    compiler = _Compiler(recipe, chosen, target, steps, _parameters(gm, example_inputs))
+    parameters = _parameters(gm, example_inputs)
+    frozen = frozenset(name for index, name in parameters.items() if not example_inputs[index].requires_grad)
+    compiler = _Compiler(recipe, chosen, target, steps, parameters, frozen)
     if chosen.executor is Executor.REFERENCE:
         return compiler.reference(gm, example_inputs)
     if untouched:
@@ -126,14 +128,24 @@ class _Compiler:
     """One Dynamo graph's way through the pipeline."""
 
     def __init__(
-        self, recipe: Recipe, options: Options, target: Target, steps: tuple[Step, ...], parameters: dict[int, str]
+        self,
+        recipe: Recipe,
+        options: Options,
+        target: Target,
+        steps: tuple[Step, ...],
+        parameters: dict[int, str],
+        frozen: frozenset[str],
     ) -> None:
         self.recipe, self.options, self.target, self.steps = recipe, options, target, steps
-        self.parameters = parameters
+        self.parameters, self.frozen = parameters, frozen
 
     def transform(self, graph: Graph) -> Trace:
         """Runs the pipeline on a joint or inference graph, in place."""
-        plan = Plan(self.recipe, self.options, self.target, _graph_parameters(graph, self.parameters))
+        params = _graph_parameters(graph, self.parameters)
+        # Nothing is trained in an inference graph, which is the one without a partition to come.
+        inference = not any("partitioner_tag" in node.meta for node in graph.nodes)
+        frozen = frozenset(node for node, name in params.items() if inference or name in self.frozen)
+        plan = Plan(self.recipe, self.options, self.target, params, frozen)
         trace = pipeline.run(graph, self.steps, plan)
         for note in plan.notes:
             warnings.warn(note, stacklevel=2)
@@ -145,6 +157,7 @@ class _Compiler:
         """Inductor, with the pipeline in its joint-graph slot and the user's own pass, if any, before it."""
         user = patches.pop("joint_custom_pre_pass", None) or inductor_config.joint_custom_pre_pass
         patches = {**patches, "joint_custom_pre_pass": _Slot(self, user, _names(gm))}
+        once.protect()
         if pipeline.capturing():
             patches["force_disable_caches"] = True
         return _compile_fx(gm, inputs, patches)
@@ -219,7 +232,8 @@ class _Slot(CustomGraphPass):
             c.options.prefix,
             c.target.name,
         )
-        return (source_digest(), options, steps, tuple(sorted(c.parameters.items())), self.names, user)
+        parameters = (tuple(sorted(c.parameters.items())), tuple(sorted(c.frozen)))
+        return (source_digest(), options, steps, parameters, self.names, user)
 
 
 class _Reference(Interpreter):
@@ -234,8 +248,11 @@ class _Reference(Interpreter):
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if pipeline.capturing() and n.target is torch.ops.lowprec.quantize.default and "lowprec" in n.meta:
+        if pipeline.capturing() and n.target in (torch.ops.lowprec.quantize.default, once.OP) and "lowprec" in n.meta:
             source, cast, *seeds = self.fetch_args_kwargs_from_env(n)[0]
+            if n.target is once.OP:
+                shape, dtype = seeds
+                source, seeds = source.reshape(shape).to(dtype), []
             for trace in self.traces:
                 trace.sqnr[f"{n.meta['lowprec']['base']}|{cast}"] = ops.sqnr(source, result, cast, *seeds)
         return result

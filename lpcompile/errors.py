@@ -26,6 +26,10 @@ class TargetError(LowprecError, ValueError):
     """A target that does not exist or cannot do what was asked of it."""
 
 
+class NotCompiledError(LowprecError, TypeError):
+    """A model that `backend="lowprec"` has not compiled, where a compiled one is needed."""
+
+
 class StrictError(LowprecError, RuntimeError):
     """`strict=True` and at least one GEMM that the recipe covers was declined."""
 

@@ -186,9 +186,11 @@ def _claim(node: Node, sites: list[Site]) -> bool:
 
 
 def parameter_of(node: Node, params: Mapping[str, str]) -> str | None:
-    """The name of the parameter that `node` is a view or a cast of, or None."""
-    while node.op == "call_function" and node.target in (*VIEWS, *CASTS):
+    """The name of the parameter that `node` is a view, a cast or the decoded form of, or None."""
+    while node.op == "call_function" and node.target in (*VIEWS, *CASTS, aten.view.dtype, torch.ops.lowprec.thaw.default):
         source = node.args[0]
+        # A weight that is stored as codes is the parameter that holds them.
+        source = source[0] if isinstance(source, (list, tuple)) else source
         assert isinstance(source, Node)
         node = source
     return params.get(node.name) if node.op == "placeholder" else None

@@ -62,13 +62,17 @@ class RotationCount:
 
 @dataclass
 class Plan:
-    """Everything that the passes know besides the graph. `params`: parameter name by placeholder name. seed: the node that
-    draws the step's seed, once a pass needed one."""
+    """Everything that the passes know besides the graph.
+
+    params: parameter name by placeholder name. frozen: placeholders of parameters that nobody trains in this graph. seed: the
+    node that draws the step's seed, once a pass needed one.
+    """
 
     recipe: Recipe
     options: Options
     target: Target
     params: Mapping[str, str] = field(default_factory=dict)
+    frozen: frozenset[str] = frozenset()
     joint: Joint = field(default_factory=lambda: Joint([]))
     decisions: list[Decision] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -82,6 +86,13 @@ class Plan:
     def decision(self, site: Site, role: Role) -> Decision | None:
         """The decision on one GEMM of a site where it is converted."""
         return next((d for d in self.decisions if d.converted and d.site is site and d.role is role), None)
+
+    def note_cast(self, quantize: Node, text: str) -> None:
+        """Adds to the reason of each GEMM that a quantisation feeds."""
+        info = quantize.meta["lowprec"]
+        for decision in self.decisions:
+            if f"{info['base']}|{info['cast']}" in decision.casts.values():
+                decision.reason += f"; {text}"
 
 
 def draw_seed(graph: Graph, plan: Plan) -> Node:

@@ -13,8 +13,9 @@ a product [M, N] = a [M, K] b [N, K]^T are called k, m and n whatever they are i
 from __future__ import annotations
 
 import enum
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -348,6 +349,26 @@ class Options:
         if options.get("passes") is not None:
             options["passes"] = tuple(options["passes"])
         return replace(Options(), **options)
+
+
+_BLOCK = re.compile(r"(.*?\.)?(\d+)\.")
+
+
+def last_blocks(names: Iterable[str], share: float) -> tuple[str, ...]:
+    """Name prefixes of the numbered blocks at the end of a model that a recipe keeps in high precision.
+
+    The blocks are those that the layers' names show; a graph of a single block (regional compilation) shows too little to
+    say which are the last: name them with `keep` and the option `prefix` there.
+    """
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if match := _BLOCK.match(name):
+            found.setdefault(match[1] or "", set()).add(int(match[2]))
+    prefixes = []
+    for stem, numbers in found.items():
+        count = math.ceil(share * len(numbers)) if len(numbers) > 1 else 0
+        prefixes += [f"{stem}{number}." for number in sorted(numbers)[len(numbers) - count :]]
+    return tuple(prefixes)
 
 
 def glob_to_regex(glob: str) -> re.Pattern[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from lpcompile.cost import predict
 from lpcompile.errors import StrictError
 from lpcompile.joint import GEMMS, Site, find_sites, gemm_operands, module_name
 from lpcompile.pipeline import Decision, Plan
-from lpcompile.recipe import Gemm, Role, glob_to_regex
+from lpcompile.recipe import Gemm, Role, glob_to_regex, last_blocks
 
 assert __name__ == "lpcompile.passes.assign", "import it as lpcompile.passes, not as passes"
 
@@ -71,7 +69,7 @@ def _refusal(site: Site, role: Role, node: Node, gemm: Gemm | None, decision: De
         return "kept: activation x activation"
     if glob := _kept(decision.fqn, plan):
         return f"kept: its name matches {glob!r}"
-    if decision.fqn.startswith(last_blocks(plan)):
+    if decision.fqn.startswith(_last_blocks(plan)):
         return f"kept: one of the last {plan.recipe.keep_last:.0%} of the blocks"
     if gemm is None:
         return f"kept: the recipe leaves {role} in high precision"
@@ -108,24 +106,9 @@ def _kept(fqn: str, plan: Plan) -> str | None:
     return None
 
 
-_BLOCK = re.compile(r"(.*?\.)?(\d+)\.")
-
-
-def last_blocks(plan: Plan) -> tuple[str, ...]:
-    """Name prefixes of the numbered blocks at the end of the model that the recipe keeps in high precision.
-
-    The blocks are those that this graph shows, by name; a graph of a single block (regional compilation) shows too little
-    to say which are the last: name them with `keep` and the option `prefix` there.
-    """
-    found: dict[str, set[int]] = {}
-    for site in plan.joint.sites:
-        if site.weight is not None and (match := _BLOCK.match(full_name(site, plan))):
-            found.setdefault(match[1] or "", set()).add(int(match[2]))
-    prefixes = []
-    for stem, numbers in found.items():
-        count = math.ceil(plan.recipe.keep_last * len(numbers)) if len(numbers) > 1 else 0
-        prefixes += [f"{stem}{number}." for number in sorted(numbers)[len(numbers) - count :]]
-    return tuple(prefixes)
+def _last_blocks(plan: Plan) -> tuple[str, ...]:
+    names = [full_name(site, plan) for site in plan.joint.sites if site.weight is not None]
+    return last_blocks(names, plan.recipe.keep_last)
 
 
 def _check_globs(plan: Plan) -> None:

@@ -230,8 +230,11 @@ def test_artifacts_are_programs_that_run(tmp_path: pathlib.Path, monkeypatch: py
         "00_input.py",
         "01_canonicalize.py",
         "02_assign.py",
-        "03_quantize.py",
-        "04_save.py",
+        "03_rotate.py",
+        "04_quantize.py",
+        "05_thaw.py",
+        "06_hoist.py",
+        "07_save.py",
     ]
     done = subprocess.run([sys.executable, str(files[-1])], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
