@@ -1,7 +1,6 @@
 """Number formats, blocks, scale rules and roundings, as frozen values with a text form that parses back.
 
-Everything a format can do is derived from its fields: the largest value, the subnormal step, the table of values, the
-torch dtype that stores it. Nothing is typed in twice.
+Everything a format can do is derived from its fields: the largest value, the subnormal step, the values, the torch dtype.
 
     >>> Float.parse("e4m3").max
     448.0
@@ -484,8 +483,7 @@ def _token(token: str) -> tuple[str, object]:
     return "scale", token
 
 
-# MS-EDEN (arXiv 2601.22813): elements that share a correction, and how far the grid reaches beyond a block's absmax. The
-# first factor keeps a block scale that was rounded down from clipping, the second clips on purpose, for a smaller error.
+# MS-EDEN (arXiv 2601.22813): elements that share a correction; the share of a block's absmax at which the grid ends.
 EDEN_GROUP = 128
 EDEN_CLIP = 17.0 / 16.0 * 0.93
 

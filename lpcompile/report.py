@@ -130,7 +130,8 @@ class Report:
         if not counts:
             return None
         moved = tuple(line for count in counts for line in count.moved)
-        return RotationCount(*(sum(getattr(c, name) for c in counts) for name in ("asked", "riding", "own")), moved)
+        asked, riding, own = (sum(values) for values in zip(*((c.asked, c.riding, c.own) for c in counts), strict=True))
+        return RotationCount(asked, riding, own, moved)
 
     @property
     def stages(self) -> list[str]:

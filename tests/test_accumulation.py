@@ -1,7 +1,8 @@
-"""Averages over many steps: what stochastic rounding and drawn signs are for (quartet sections 7.4 and 10, nvfp4 section 6.9)."""
+"""Averages over many steps: what stochastic rounding and drawn signs are for (quartet 7.4 and 10, nvfp4 6.9)."""
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -33,8 +34,7 @@ def bits(found: Tensor, wanted: Tensor) -> float:
 
 def gaussian_lognormal(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    heavy = torch.randn(64, 256, generator=generator) * torch.exp(0.8 * torch.randn(64, 256, generator=generator))
-    return heavy
+    return torch.randn(64, 256, generator=generator) * torch.exp(0.8 * torch.randn(64, 256, generator=generator))
 
 
 def accumulated(cast: str, steps: tuple[int, ...], wrong_side: bool = False) -> list[float]:
@@ -62,8 +62,8 @@ def test_mxfp4_backward_products() -> None:
     assert stochastic == pytest.approx([2.09, 3.11, 4.11, 5.14], abs=0.25)
     assert accumulated(MATCHED + ":sr" + plain, steps[:3]) == pytest.approx([1.87, 2.84, 3.87], abs=0.25)
     # Unbiased: 1 bit for each fourfold; rounding to nearest keeps up until its bias shows.
-    assert all(later - earlier >= 0.9 for earlier, later in zip(stochastic, stochastic[1:], strict=False))
-    assert all(later - earlier >= 0.85 for earlier, later in zip(nearest[:3], nearest[1:3], strict=False))
+    assert all(later - earlier >= 0.9 for earlier, later in itertools.pairwise(stochastic))
+    assert all(later - earlier >= 0.85 for earlier, later in itertools.pairwise(nearest[:3]))
     assert nearest[3] - nearest[2] < stochastic[3] - stochastic[2]
     for wrong in (accumulated(MATCHED + plain, (1, 8)), accumulated(MATCHED + turned, (1, 8), wrong_side=True)):
         assert wrong[0] == pytest.approx(wrong[1], abs=1e-9)
@@ -95,7 +95,7 @@ def test_ms_eden_averages_like_unbiased_rounding_with_a_smaller_error() -> None:
     eden, nearest = averaged(NVFP4 + ":eden", steps), averaged(NVFP4, steps)
     assert eden == pytest.approx([3.31, 4.34, 5.35, 6.34], abs=0.06)
     assert nearest == pytest.approx([3.39, 4.39, 5.35, 6.30], abs=0.06)
-    assert all(later - earlier >= 0.95 for earlier, later in zip(eden, eden[1:], strict=False))
+    assert all(later - earlier >= 0.95 for earlier, later in itertools.pairwise(eden))
     headroom = averaged(NVFP4 + ":sr:clip=1.0625", steps[:3])
     assert headroom == pytest.approx([2.74, 3.69, 4.71], abs=0.08)
 
