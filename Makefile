@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_llama.py --recipe none,fp8-rowwise,deepseek,int8-rowwise --steps 100 --out out/demo $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.model
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
 
 import pytest
+
+# Side by side on the same cores, several threads each would only wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent

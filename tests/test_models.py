@@ -49,8 +49,12 @@ def check_step(step: Step, wanted: Step, bounds: tuple[float, float]) -> None:
     assert not [name for name in step.unchanged if float(wanted.gradients[name].norm()) > 1e-4 * total]
 
 
-@pytest.mark.parametrize("recipe", BOUNDS, ids=lambda recipe: "int16" if recipe == FINE else recipe)
-@pytest.mark.parametrize("name", CASES)
+# Rotations and their undoing see every way to store a weight in these models; the others differ in what they do between GEMMs.
+TURNED = {"int8-tensorwise", "halo0", "halo1", "halo2x", "quartet", "quartet-sr"}
+PAIRS = [(name, recipe) for name in CASES for recipe in BOUNDS if recipe not in TURNED or name in ("example", "gpt2")]
+
+
+@pytest.mark.parametrize(("name", "recipe"), PAIRS, ids=lambda value: "int16" if value == FINE else value)
 def test_reference_executor_trains(name: str, recipe: str) -> None:
     case = CASES[name]
     model = case.model()

@@ -1,0 +1,74 @@
+"""The convergence gate: a short paired training run in FP32 and under each recipe, seeded. `benchmarks/convergence.py` is long.
+
+The held-out loss after 60 steps may exceed that of the run without us by a bound that was measured first (worst gap of seeds
+0, 1 and 2 beside each). A recipe that is broken on purpose fails the same gate.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from dataclasses import replace
+
+import pytest
+from convergence import BASELINE, Run, Setting, gaps, markdown, one_run, study
+from rich.console import Console
+
+SETTING = Setting(
+    steps=60, hidden=64, layers=2, batch=8, seq=64, learning_rate=2e-3, dtype="fp32", executor="reference", heldout=4
+)
+BOUNDS = {
+    "fp8-rowwise": 0.005,
+    "int8-rowwise": 0.005,
+    "halo2-int8": 0.005,
+    "mxfp4": 0.02,
+    "nvfp4": 0.015,
+    "quartet2": 0.015,
+}
+PER_TENSOR = "e2m1:tensor @ e2m1:tensor"
+BROKEN = f"fprop: {PER_TENSOR}; dgrad: {PER_TENSOR}; wgrad: {PER_TENSOR}"
+
+
+def console() -> Console:
+    return Console(file=io.StringIO())
+
+
+@functools.cache
+def trained(recipe: str) -> Run:
+    return one_run(recipe, 0, SETTING, console())
+
+
+def gap(recipe: str) -> float:
+    """Held-out loss beyond that of the run without us, as a share of it."""
+    return trained(recipe).heldout / trained(BASELINE).heldout - 1.0
+
+
+@pytest.mark.parametrize("recipe", BOUNDS)
+def test_a_recipe_trains_as_well(recipe: str) -> None:
+    assert trained(recipe).losses[0] > 5.0  # the uniform guess over 256 bytes is log(256) = 5.5
+    assert trained(recipe).heldout < 3.2
+    assert gap(recipe) < BOUNDS[recipe]
+
+
+def test_a_broken_recipe_fails_the_gate() -> None:
+    """Four bits with one scale a tensor and no rotation."""
+    assert gap(BROKEN) > max(BOUNDS.values())
+
+
+def test_a_study_is_resumed_and_paired(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.mktemp("study")
+    setting = Setting(steps=2, hidden=64, layers=1, batch=2, seq=32, dtype="fp32", executor="reference", heldout=1)
+    runs = study(["mxfp4"], 2, setting, folder, console())
+    assert [run.seed for run in runs.values()] == [0, 0, 1, 1]
+    assert runs["mxfp4", 0].losses[0] != runs["mxfp4", 1].losses[0]
+    found = {g.recipe: g for g in gaps(runs)}
+    assert found[BASELINE].gap == 0.0
+    assert found["mxfp4"].low < found["mxfp4"].gap < found["mxfp4"].high
+    differences = [runs["mxfp4", seed].heldout - runs[BASELINE, seed].heldout for seed in (0, 1)]
+    assert found["mxfp4"].gap == pytest.approx(sum(differences) / 2)
+    assert "| mxfp4 | 2 |" in markdown(list(found.values()))
+    written = {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()}
+    assert study(["mxfp4"], 2, setting, folder, console()) == runs
+    assert {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == written
+    other = study(["mxfp4"], 1, replace(setting, steps=1), folder, console())
+    assert len(other["mxfp4", 0].losses) == 1  # another setting finds none of these
