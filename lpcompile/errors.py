@@ -18,6 +18,10 @@ class RecipeError(LowprecError, ValueError):
     """An unknown recipe name, or a recipe text that does not parse."""
 
 
+class KernelError(LowprecError, ValueError):
+    """A kernel that cannot be, or a kernel text that does not parse."""
+
+
 class OptionError(LowprecError, ValueError):
     """An unknown option or a value an option cannot take."""
 

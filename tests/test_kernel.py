@@ -1,0 +1,69 @@
+"""Kernels as values: the text form parses back, what cannot be is refused, a prologue means what PyTorch means."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lpcompile.errors import KernelError
+from lpcompile.kernel import CastKernel, GemmKernel, Load, RequantKernel, call, evaluate, layernorm, parse, parse_expr, rmsnorm
+
+TEXTS = (
+    "cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1",
+    "cast x0:bf16 x1:f32[c] = mul(x0, x1) as bf16 -> keep, e4m3:1x128|1, e4m3:1x128|0|0:h16fixed'",
+    "cast x0:f32 x1:f32[r] = add(mul(x0, x1), -1e-05) as f32 -> e2m1:1x16:e4m3+f32|1#",
+    "requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
+    "gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16 + bias",
+    "gemm hp @ int8:row|0 -> f32",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_parses_back(text: str) -> None:
+    kernel = parse(text)
+    assert str(kernel) == text
+    assert parse(str(kernel)) == kernel and hash(parse(str(kernel))) == hash(kernel)
+    assert type(kernel) is {"cast": CastKernel, "requant": RequantKernel, "gemm": GemmKernel}[text.split(maxsplit=1)[0]]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("cats x0:bf16 = x0 as bf16 -> e4m3:row|1", "Did you mean 'cast'"),
+        ("cast x0:bf16 = silo(x0) as bf16 -> e4m3:row|1", "Did you mean 'silu'"),
+        ("cast x0:bf16 = mul(x0) as bf16 -> e4m3:row|1", "2 arguments"),
+        ("cast x0:bf16 = mul(x0, as bf16 -> e4m3:row|1", "ends too early"),
+        ("cast x0:bf16 = silu as bf16 -> e4m3:row|1", "parentheses"),
+        ("cast x0:bf16 = x0) as bf16 -> e4m3:row|1", "nothing may follow"),
+        ("cast x0:bf16 x1:bf16 = x0 as bf16 -> e4m3:row|1", "reads inputs [0] of 2"),
+        ("cast x0:bf16[c] = x0 as bf16 -> e4m3:row|1", "first input"),
+        ("cast x0:f64 = x0 as bf16 -> e4m3:row|1", "'f64' is no dtype"),
+        ("cast x0:bf16 = x0 as bf16 -> keep", "at least one"),
+        ("cast x0:bf16 = x0 as bf16 -> e4m3:row|1#", "tiles of scales"),
+        ("cast x0:bf16 = x0 as bf16 -> e4m3:1x32|0#", "tiles of scales"),
+        ("requant e4m3:row|1 -> e4m3:row|1", "no requant kernel"),
+        ("gemm hp @ hp", "no gemm kernel"),
+    ],
+)
+def test_what_cannot_be_is_refused(text: str, part: str) -> None:
+    with pytest.raises(KernelError) as caught:
+        parse(text)
+    assert part in str(caught.value)
+
+
+def test_prologue_means_what_pytorch_means() -> None:
+    x, w, b = torch.randn(5, 24), torch.randn(24), torch.randn(24)
+    functional = torch.nn.functional
+    cases = {
+        rmsnorm(Load(0), Load(1), 1e-5): functional.rms_norm(x, (24,), w, 1e-5),
+        layernorm(Load(0), Load(1), Load(2), 1e-5): functional.layer_norm(x, (24,), w, b, 1e-5),
+        call("mul", call("silu", Load(0)), Load(1)): functional.silu(x) * w,
+        call("gelu", call("sub", Load(0), Load(2))): functional.gelu(x - b),
+        call("bf16", call("div", Load(0), 3.0)): (x / 3).bfloat16().float(),
+    }
+    for expr, wanted in cases.items():
+        assert parse_expr(str(expr)) == expr
+        found = evaluate(expr, (x, w, b))
+        # A few FP32 roundings of values of size 1.
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+        assert not torch.allclose(found.flip(0), wanted, atol=1e-3)
