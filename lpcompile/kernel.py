@@ -3,23 +3,24 @@
     cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> keep, e4m3:1x128|1, e4m3:1x128|0|0:h16fixed'
     requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'
     gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16 + bias
+    gemm e2m1:1x32:e8m0|1 @ e2m1:1x32:e8m0|1' -> bf16 * mask * 1:h32
 
 A Cast reads its inputs once, computes a tensor from them (the prologue) and quantises it in each of the ways its outputs name.
-A Requant does the same with what codes stand for. A Gemm multiplies two operands.
+A Requant does the same with what codes stand for. A Gemm multiplies two operands; what follows stands in the order in which
+it happens, each step rounded to the result's dtype.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from lpcompile.errors import KernelError, near_matches
-from lpcompile.recipe import Cast, Dot
+from lpcompile.expr import Expr, Load, nodes, parse_expr
+from lpcompile.recipe import Cast, Dot, Rotation
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -36,157 +37,6 @@ def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise KernelError(f"{name!r} is no dtype of a kernel: {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-# ---- prologue ----------------------------------------------------------------------------------------------------
-
-
-# What each operation of a prologue means, in FP32. Everything but `mean` is pointwise; `mean` is over the last axis, kept.
-OPS: dict[str, Callable[..., Tensor]] = {
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "div": torch.div,
-    "neg": torch.neg,
-    "exp": torch.exp,
-    "erf": torch.erf,
-    "tanh": torch.tanh,
-    "sqrt": torch.sqrt,
-    "rsqrt": lambda x: 1.0 / torch.sqrt(x),
-    "relu": torch.relu,
-    "sigmoid": lambda x: 1.0 / (1.0 + torch.exp(-x)),
-    "silu": lambda x: x / (1.0 + torch.exp(-x)),
-    "gelu": lambda x: x * 0.5 * (1.0 + torch.erf(x * 0.7071067811865476)),
-    "mean": lambda x: x.mean(-1, keepdim=True),
-    "bf16": lambda x: x.to(torch.bfloat16).to(torch.float32),
-    "f16": lambda x: x.to(torch.float16).to(torch.float32),
-}
-_BINARY = ("add", "sub", "mul", "div")
-
-
-@dataclass(frozen=True)
-class Load:
-    """Input number `index`, as FP32."""
-
-    index: int
-
-    def __str__(self) -> str:
-        return f"x{self.index}"
-
-
-@dataclass(frozen=True)
-class Number:
-    """A constant, rounded to FP32."""
-
-    value: float
-
-    def __str__(self) -> str:
-        return repr(self.value)
-
-
-@dataclass(frozen=True)
-class Call:
-    """An operation of `OPS` on expressions. Raises KernelError for an unknown one or a wrong number of arguments."""
-
-    op: str
-    args: tuple[Expr, ...]
-
-    def __post_init__(self) -> None:
-        if self.op not in OPS:
-            raise KernelError(f"unknown operation {self.op!r} in a prologue.{near_matches(self.op, list(OPS))}")
-        if len(self.args) != (2 if self.op in _BINARY else 1):
-            raise KernelError(f"{self.op} takes {2 if self.op in _BINARY else 1} arguments, not {len(self.args)}")
-
-    def __str__(self) -> str:
-        return f"{self.op}({', '.join(map(str, self.args))})"
-
-
-Expr = Load | Number | Call
-
-
-def call(op: str, *args: Expr | float) -> Call:
-    """`Call` with numbers as they are."""
-    return Call(op, tuple(Number(float(a)) if isinstance(a, int | float) else a for a in args))
-
-
-def rmsnorm(x: Expr, weight: Expr, eps: float) -> Expr:
-    """x / sqrt(mean(x^2) + eps) * weight."""
-    return call("mul", call("mul", x, call("rsqrt", call("add", call("mean", call("mul", x, x)), eps))), weight)
-
-
-def layernorm(x: Expr, weight: Expr, bias: Expr, eps: float) -> Expr:
-    """(x - mean(x)) / sqrt(mean((x - mean(x))^2) + eps) * weight + bias."""
-    centred = call("sub", x, call("mean", x))
-    scale = call("rsqrt", call("add", call("mean", call("mul", centred, centred)), eps))
-    return call("add", call("mul", call("mul", centred, scale), weight), bias)
-
-
-def nodes(expr: Expr) -> Iterator[Expr]:
-    """The expression and everything below it, operands first, equal ones once."""
-    seen: set[Expr] = set()
-
-    def walk(node: Expr) -> Iterator[Expr]:
-        if node in seen:
-            return
-        seen.add(node)
-        for arg in node.args if isinstance(node, Call) else ():
-            yield from walk(arg)
-        yield node
-
-    yield from walk(expr)
-
-
-def evaluate(expr: Expr, inputs: Sequence[Tensor]) -> Tensor:
-    """The FP32 value of an expression over input tensors that broadcast to [R, C]."""
-    values: dict[Expr, Tensor] = {}
-    for node in nodes(expr):
-        if isinstance(node, Load):
-            values[node] = inputs[node.index].to(torch.float32)
-        elif isinstance(node, Number):
-            values[node] = torch.tensor(node.value, dtype=torch.float32, device=inputs[0].device)
-        else:
-            values[node] = OPS[node.op](*(values[arg] for arg in node.args))
-    return values[expr]
-
-
-_TOKEN = re.compile(r"\s*(x\d+|[a-z]\w*|-?(?:\d+\.?\d*(?:e[+-]?\d+)?|inf|nan)|[(),])")
-
-
-def parse_expr(text: str) -> Expr:
-    """Reads the text form of an expression, e.g. `mul(silu(x0), x1)`. Raises KernelError."""
-    tokens, end = [], 0
-    while end < len(text.rstrip()):
-        match = _TOKEN.match(text, end)
-        if not match:
-            raise KernelError(f"{text!r} is not an expression: cannot read it from {text[end:]!r} on")
-        tokens.append(match[1])
-        end = match.end()
-    expr, rest = _expr(tokens, text)
-    if rest:
-        raise KernelError(f"{text!r} is not an expression: nothing may follow before {rest[0]!r}")
-    return expr
-
-
-def _expr(tokens: list[str], text: str) -> tuple[Expr, list[str]]:
-    if not tokens:
-        raise KernelError(f"{text!r} is not an expression: it ends too early")
-    first, rest = tokens[0], tokens[1:]
-    if re.fullmatch(r"x\d+", first):
-        return Load(int(first[1:])), rest
-    if not first[0].isalpha():
-        if first in "(),":
-            raise KernelError(f"{text!r} is not an expression: {first!r} stands where a value should")
-        return Number(float(first)), rest
-    args: list[Expr] = []
-    for opening in itertools.chain("(", itertools.repeat(",")):
-        if not rest or rest[0] not in (opening, ")") or (opening == "(" and rest[0] == ")"):
-            raise KernelError(f"{text!r} is not an expression: {first} needs its arguments in parentheses")
-        if rest[0] == ")":
-            break
-        arg, rest = _expr(rest[1:], text)
-        args.append(arg)
-    rest = rest[1:]
-    return Call(first, tuple(args)), rest
 
 
 @dataclass(frozen=True)
@@ -282,6 +132,8 @@ class CastKernel:
             raise KernelError(f"the prologue {self.prologue} reads inputs {sorted(loads)} of {len(self.inputs)}")
         if self.inputs[0].vector:
             raise KernelError("the first input is a matrix: it gives the sizes")
+        if self.keep and self.plain:
+            raise KernelError("a cast keeps what it computes; here that is its input")
 
     @property
     def plain(self) -> bool:
@@ -340,24 +192,40 @@ class RequantKernel:
 
 @dataclass(frozen=True)
 class GemmKernel:
-    """A product of two operands (`product.scaled_mm`), plus a bias over its columns, rounded once to `out`."""
+    """A product of two operands (`product.scaled_mm`), plus a bias over its columns, rounded once to `out`; then the clip mask
+    of QuEST (`'`: of the transposed matrix), then rotations undone along rows and columns, each rounded to `out`."""
 
     dot: Dot
     out: torch.dtype = torch.bfloat16
     bias: bool = False
+    mask: bool = False
+    mask_transposed: bool = False
+    undo: tuple[Rotation | None, Rotation | None] = (None, None)
 
     def __post_init__(self) -> None:
         dtype_name(self.out)
+        if self.mask_transposed and not self.mask:
+            raise KernelError("a transposed mask is a mask")
+        if any(rotation is not None and not rotation.block for rotation in self.undo):
+            raise KernelError("a kernel turns blocks of a known size: resolve hfull first")
 
     def __str__(self) -> str:
-        return f"gemm {self.dot} -> {dtype_name(self.out)}{' + bias' if self.bias else ''}"
+        text = f"gemm {self.dot} -> {dtype_name(self.out)}{' + bias' if self.bias else ''}"
+        text += f" * mask{_TRANSPOSED if self.mask_transposed else ''}" if self.mask else ""
+        return text + "".join(f" * {axis}:{r}" for axis, r in enumerate(self.undo) if r is not None)
 
     @staticmethod
     def parse(text: str) -> GemmKernel:
-        match = re.fullmatch(r"gemm (.+) -> (\w+)( \+ bias)?", text)
+        match = re.fullmatch(r"gemm (.+) -> (\w+)( \+ bias)?( \* mask'?)?(?: \* 0:(h\w+))?(?: \* 1:(h\w+))?", text)
         if not match:
-            raise KernelError(f"{text!r} is no gemm kernel; write 'gemm <operand> @ <operand> -> bf16[ + bias]'")
-        return GemmKernel(Dot.parse(match[1]), _dtype(match[2]), match[3] is not None)
+            raise KernelError(
+                f"{text!r} is no gemm kernel; write 'gemm <operand> @ <operand> -> bf16[ + bias][ * mask][ * 0:h32][ * 1:h32]'"
+            )
+        rows, cols = (Rotation.parse(part) if part else None for part in (match[5], match[6]))
+        mask = match[4] or ""
+        return GemmKernel(
+            Dot.parse(match[1]), _dtype(match[2]), match[3] is not None, bool(mask), _TRANSPOSED in mask, (rows, cols)
+        )
 
 
 Kernel = CastKernel | RequantKernel | GemmKernel

@@ -1,0 +1,212 @@
+"""`lowprec::fused`: one generated launch as an operator of the graph; all it is follows from the text of its Kernel.
+
+    fused(inputs, kernel, sizes, seed, uses, spins)      the tensors that the Kernel writes
+
+inputs: what a Cast's prologue reads; the parts of a Requant's source; both operands of a Gemm, then its bias, then its mask.
+sizes: of a Requant, the unpacked columns of its source; of a Gemm, (M, N) of the result where its inputs do not show them.
+uses, spins: the random streams (see `ops`): a use and two spins for each output; two spins for what a Gemm undoes.
+The reference is made of the references of the unfused operators, so a wrong fusion shows without a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpcompile import ops, product, reference
+from lpcompile.errors import KernelError
+from lpcompile.expr import evaluate
+from lpcompile.formats import Int
+from lpcompile.kernel import CastKernel, GemmKernel, Output, RequantKernel, parse
+from lpcompile.recipe import Cast, DotOperand
+
+_SCHEMA = "fused(Tensor[] inputs, str kernel, SymInt[] sizes=[], Tensor? seed=None, int[] uses=[], int[] spins=[]) -> Tensor[]"
+
+parse_kernel = functools.cache(parse)
+
+
+# ---- casts -------------------------------------------------------------------------------------------------------
+
+
+def transpose_parts(parts: Sequence[Tensor], output: Output, cols: int) -> list[Tensor]:
+    """The parts of a matrix's quantisation as those of the transposed matrix, packed along its rows. cols: unpacked."""
+    quant = output.cast.quant
+    found = []
+    for name, part in zip(quant.parts, parts, strict=True):
+        if name == "codes" and quant.packed:
+            codes = reference.unpack_nibbles(part, cols, isinstance(quant.elem, Int))
+            found.append(reference.pack_nibbles(codes.mT))
+        elif name == "mask":
+            found.append(reference.pack_bits(reference.unpack_bits(part, cols).to(torch.uint8).mT))
+        else:
+            found.append(part.mT.contiguous())
+    return found
+
+
+def tile_scales(scale: Tensor) -> Tensor:
+    """Block scales [R, C] in the order in which tensor cores read them: tiles of 128 rows x 4 columns, each 512 in a run, row
+    r of a tile at 16 (r % 32) + 4 (r // 32); padded with 0 (spec nvfp4, cuBLAS "1D block scaling factors layout")."""
+    rows, cols = scale.shape
+    raw = scale.view(torch.uint8) if scale.element_size() == 1 else scale
+    padded = torch.nn.functional.pad(raw, (0, -cols % 4, 0, -rows % 128))
+    tiles = padded.reshape(-1, 4, 32, padded.shape[1] // 4, 4).permute(0, 3, 2, 1, 4)
+    return tiles.reshape(padded.shape).contiguous().view(scale.dtype)
+
+
+def written_cast(output: Output) -> Cast:
+    """The Cast as a reader of the parts in memory sees it: mirrored where they are those of the transposed matrix."""
+    rows, cols = output.cast.rotations
+    return Cast(output.cast.quant, 1 - output.cast.axis, (cols, rows)) if output.transposed else output.cast
+
+
+def _quantized(x: Tensor, output: Output, seed: Tensor | None, use: int, spins: Sequence[int]) -> list[Tensor]:
+    parts = ops.quantize_reference(x, str(output.cast), seed, use, spins)
+    if output.transposed:
+        parts = transpose_parts(parts, output, output.cast.turned(x.shape)[-1])
+    if output.tiled:
+        parts[1] = tile_scales(parts[1])
+    return parts
+
+
+def _outputs(x: Tensor, kernel: CastKernel | RequantKernel, random: _Random) -> list[Tensor]:
+    return [part for index, output in enumerate(kernel.outputs) for part in _quantized(x, output, *random.of(index))]
+
+
+class _Random:
+    """The random streams of a launch: (seed, use, spins) for each output."""
+
+    def __init__(self, seed: Tensor | None, uses: Sequence[int], spins: Sequence[int]) -> None:
+        self.seed, self.uses, self.spins = seed, uses, spins
+
+    def of(self, index: int) -> tuple[Tensor | None, int, Sequence[int]]:
+        use = self.uses[index] if self.uses else 0
+        return self.seed, use, self.spins[2 * index : 2 * index + 2] if self.spins else (0, 0)
+
+
+def _vector(x: Tensor, kind: str) -> Tensor:
+    """An input as it broadcasts to [R, C]."""
+    return x.reshape(-1, 1) if kind == "r" else x.reshape(1, -1) if kind == "c" else x
+
+
+def _cast(inputs: Sequence[Tensor], kernel: CastKernel, random: _Random) -> list[Tensor]:
+    wide = [_vector(x, kind.vector) for x, kind in zip(inputs, kernel.inputs, strict=True)]
+    x = inputs[0] if kernel.plain else evaluate(kernel.prologue, wide).to(kernel.dtype)
+    return [*([x] if kernel.keep else []), *_outputs(x, kernel, random)]
+
+
+def _requant(inputs: Sequence[Tensor], kernel: RequantKernel, sizes: Sequence[int], random: _Random) -> list[Tensor]:
+    x = ops.dequantize_reference(list(inputs), str(kernel.source), sizes[0], kernel.dtype)
+    return _outputs(x, kernel, random)
+
+
+# ---- products ----------------------------------------------------------------------------------------------------
+
+
+def split_operands(
+    inputs: Sequence[Tensor], kernel: GemmKernel
+) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None, Tensor | None]:
+    """(left parts, right parts, bias, mask) of a Gemm's inputs."""
+
+    def count(operand: DotOperand) -> int:
+        return len(operand.cast.quant.parts) if operand.cast is not None else 1
+
+    left, right = count(kernel.dot.left), count(kernel.dot.right)
+    rest = list(inputs[left + right :])
+    bias = rest.pop(0) if kernel.bias else None
+    mask = rest.pop(0) if kernel.mask else None
+    return inputs[:left], inputs[left : left + right], bias, mask
+
+
+def _product_size(kernel: GemmKernel, sizes: Sequence[Any]) -> list[Any] | None:
+    """(M, N) of the product itself, before padding that rotations brought is cropped; None where inputs show it."""
+    if not sizes:
+        return None
+    return [size if turn is None else turn.padded(size) for size, turn in zip(sizes, kernel.undo, strict=True)]
+
+
+def _gemm(inputs: Sequence[Tensor], kernel: GemmKernel, sizes: Sequence[int], random: _Random) -> list[Tensor]:
+    left, right, bias, mask = split_operands(inputs, kernel)
+    result = product.scaled_mm(left, right, bias, kernel.dot, _product_size(kernel, sizes), kernel.out)
+    if mask is not None:
+        result = ops.apply_mask_reference(result, mask, kernel.mask_transposed)
+    for axis, turn in enumerate(kernel.undo):
+        if turn is not None:
+            seed, _, spins = random.of(0)
+            result = ops.hadamard_reference(result, axis, str(turn), sizes[axis], seed, spins[axis])
+    return [result]
+
+
+# ---- the operator ------------------------------------------------------------------------------------------------
+
+
+def fused_reference(
+    inputs: list[Tensor],
+    kernel: str,
+    sizes: Sequence[int] = (),
+    seed: Tensor | None = None,
+    uses: Sequence[int] = (),
+    spins: Sequence[int] = (),
+) -> list[Tensor]:
+    """What the Kernel means, op by op. Raises KernelError for inputs that do not fit it."""
+    parsed = parse_kernel(kernel)
+    random = _Random(seed, uses, spins)
+    if isinstance(parsed, CastKernel):
+        if len(inputs) != len(parsed.inputs):
+            raise KernelError(f"{kernel} takes {len(parsed.inputs)} inputs, not {len(inputs)}")
+        return _cast(inputs, parsed, random)
+    if isinstance(parsed, RequantKernel):
+        return _requant(inputs, parsed, sizes, random)
+    return _gemm(inputs, parsed, sizes, random)
+
+
+def _fused_fake(
+    inputs: list[Tensor],
+    kernel: str,
+    sizes: Sequence[Any] = (),
+    seed: Tensor | None = None,
+    uses: Sequence[int] = (),
+    spins: Sequence[int] = (),
+) -> list[Tensor]:
+    parsed = parse_kernel(kernel)
+    first = inputs[0]
+    if isinstance(parsed, GemmKernel):
+        left, right, _, _ = split_operands(inputs, parsed)
+        p = product.Product.of(left, right, parsed.dot, _product_size(parsed, sizes))
+        m, n = sizes or (p.m, p.n)
+        return [first.new_empty([m, n], dtype=parsed.out)]
+    shape = list(first.shape) if isinstance(parsed, CastKernel) else [first.shape[0], sizes[0]]
+    kept = [first.new_empty(shape, dtype=parsed.dtype)] if isinstance(parsed, CastKernel) and parsed.keep else []
+    return [*kept, *(first.new_empty(size, dtype=dtype) for o in parsed.outputs for size, dtype in written_shapes(o, shape))]
+
+
+def written_shapes(output: Output, shape: Sequence[Any]) -> list[tuple[list[Any], torch.dtype]]:
+    """(shape, dtype) of each part that an output writes, for a matrix of `shape` (ints or SymInts)."""
+    turned = output.cast.turned(shape)
+    quant, axis = output.cast.quant, output.cast.axis
+    found = reference.part_shapes(quant, axis, turned)
+    if output.transposed:
+        mirrored = []
+        for name, (size, dtype) in zip(quant.parts, found, strict=True):
+            rows, cols = size if name in ("scale", "outer") else turned[-2:]
+            per_byte = {"codes": 2 if quant.packed else 1, "mask": 8}.get(name, 1)
+            mirrored.append(([cols, (rows + per_byte - 1) // per_byte], dtype))
+        found = mirrored
+    if output.tiled:
+        (rows, cols), dtype = found[1]
+        found[1] = ([(rows + 127) // 128 * 128, (cols + 3) // 4 * 4], dtype)
+    return found
+
+
+def define() -> None:
+    """Registers the operator with its reference and its fake."""
+    ops.LIBRARY.define(_SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+    ops.attach("fused", "CompositeExplicitAutograd", fused_reference)
+    torch.library.register_fake("lowprec::fused", _fused_fake, lib=ops.LIBRARY)
+    ops.REFERENCE["fused"] = fused_reference
+
+
+define()
