@@ -39,9 +39,9 @@ def transpose_parts(parts: Sequence[Tensor], output: Output, cols: int) -> list[
     for name, part in zip(quant.parts, parts, strict=True):
         if name == "codes" and quant.packed:
             codes = reference.unpack_nibbles(part, cols, isinstance(quant.elem, Int))
-            found.append(reference.pack_nibbles(codes.mT))
+            found.append(reference.pack_nibbles(codes.mT).contiguous())
         elif name == "mask":
-            found.append(reference.pack_bits(reference.unpack_bits(part, cols).to(torch.uint8).mT))
+            found.append(reference.pack_bits(reference.unpack_bits(part, cols).to(torch.uint8).mT).contiguous())
         else:
             found.append(part.mT.contiguous())
     return found
