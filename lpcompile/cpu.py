@@ -189,7 +189,7 @@ def run_scaled_mm(
     a = _operand(p.left, p.k, p.m, folded[0], compute)
     b = _operand(p.right, p.k, p.n, folded[1], compute)
     factors = [
-        (side.parts[2] if side.quant is not None and side.quant.has_outer else None) if fold else side.factor(outer)
+        (side.part("outer") if side.quant is not None and side.quant.has_outer else None) if fold else side.factor(outer)
         for side, fold, outer in zip((p.left, p.right), folded, (p.m, p.n), strict=True)
     ]
     if bias is not None and factors == [None, None] and a.dim() == 2 and bias.dtype == a.dtype == dtype:

@@ -2,8 +2,10 @@
 
     fused(inputs, kernel, sizes, seed, uses, spins)      the tensors that the Kernel writes
 
-inputs: what a Cast's prologue reads; the parts of a Requant's source; both operands of a Gemm, then its bias, then its mask.
-sizes: of a Requant, the unpacked columns of its source; of a Gemm, (M, N) of the result where its inputs do not show them.
+inputs: what a Cast's prologue reads; the parts of a Requant's source; codes of a Decode, and scales where they fold; both
+operands of a Gemm, then its bias, its mask, and what `then` reads.
+sizes: of a Requant or a Decode, the unpacked columns of its source; of a Gemm, (M, N) of the result where its inputs do not
+show them.
 uses, spins: the random streams (see `ops`): a use and two spins for each output; two spins for what a Gemm undoes.
 The reference is made of the references of the unfused operators, so a wrong fusion shows without a GPU.
 """
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +24,8 @@ from lpcompile import ops, product, reference
 from lpcompile.errors import KernelError
 from lpcompile.expr import evaluate
 from lpcompile.formats import Int
-from lpcompile.kernel import CastKernel, GemmKernel, Output, RequantKernel, parse
-from lpcompile.recipe import Cast, DotOperand
+from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Output, RequantKernel, parse
+from lpcompile.recipe import Cast, folds
 
 _SCHEMA = "fused(Tensor[] inputs, str kernel, SymInt[] sizes=[], Tensor? seed=None, int[] uses=[], int[] spins=[]) -> Tensor[]"
 
@@ -36,7 +39,7 @@ def transpose_parts(parts: Sequence[Tensor], output: Output, cols: int) -> list[
     """The parts of a matrix's quantisation as those of the transposed matrix, packed along its rows. cols: unpacked."""
     quant = output.cast.quant
     found = []
-    for name, part in zip(quant.parts, parts, strict=True):
+    for name, part in zip(output.parts, parts, strict=True):
         if name == "codes" and quant.packed:
             codes = reference.unpack_nibbles(part, cols, isinstance(quant.elem, Int))
             found.append(reference.pack_nibbles(codes.mT).contiguous())
@@ -65,11 +68,24 @@ def written_cast(output: Output) -> Cast:
 
 def _quantized(x: Tensor, output: Output, seed: Tensor | None, use: int, spins: Sequence[int]) -> list[Tensor]:
     parts = ops.quantize_reference(x, str(output.cast), seed, use, spins)
+    if output.decoded:
+        values = decode(parts, output.cast, output.cast.turned(x.shape)[-1])
+        named = {**dict(zip(output.cast.quant.parts, parts, strict=True)), "values": values}
+        parts = [named[name] for name in output.parts]
     if output.transposed:
         parts = transpose_parts(parts, output, output.cast.turned(x.shape)[-1])
     if output.tiled:
         parts[1] = tile_scales(parts[1])
     return parts
+
+
+def decode(parts: Sequence[Tensor], cast: Cast, cols: int) -> Tensor:
+    """bf16 values of codes in storage order, times block scales where that is exact. cols: unpacked size of the last axis."""
+    if parts[0].numel() == 0:
+        return parts[0].new_zeros([*parts[0].shape[:-1], cols], dtype=torch.bfloat16)
+    if folds(cast.quant):
+        return reference.decode(parts[0], parts[1], cast.quant, cast.axis, cols).to(torch.bfloat16)
+    return reference.code_values(parts[0], cast.quant, cols).to(torch.bfloat16)
 
 
 def _outputs(x: Tensor, kernel: CastKernel | RequantKernel, random: _Random) -> list[Tensor]:
@@ -106,19 +122,27 @@ def _requant(inputs: Sequence[Tensor], kernel: RequantKernel, sizes: Sequence[in
 # ---- products ----------------------------------------------------------------------------------------------------
 
 
-def split_operands(
-    inputs: Sequence[Tensor], kernel: GemmKernel
-) -> tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None, Tensor | None]:
-    """(left parts, right parts, bias, mask) of a Gemm's inputs."""
+@dataclass(frozen=True)
+class GemmInputs:
+    """The inputs of a Gemm by what they are."""
 
-    def count(operand: DotOperand) -> int:
-        return len(operand.cast.quant.parts) if operand.cast is not None else 1
+    left: Sequence[Tensor]
+    right: Sequence[Tensor]
+    bias: Tensor | None
+    mask: Tensor | None
+    then: Sequence[Tensor]
 
-    left, right = count(kernel.dot.left), count(kernel.dot.right)
-    rest = list(inputs[left + right :])
-    bias = rest.pop(0) if kernel.bias else None
-    mask = rest.pop(0) if kernel.mask else None
-    return inputs[:left], inputs[left : left + right], bias, mask
+    @staticmethod
+    def of(inputs: Sequence[Tensor], kernel: GemmKernel) -> GemmInputs:
+        """Raises KernelError where there are too few or too many."""
+        left, right = len(kernel.dot.left.parts), len(kernel.dot.right.parts)
+        extra = len(kernel.then.inputs) if kernel.then is not None else 0
+        if len(inputs) != left + right + kernel.bias + kernel.mask + extra:
+            raise KernelError(f"{kernel} takes {left + right + kernel.bias + kernel.mask + extra} inputs, not {len(inputs)}")
+        rest = list(inputs[left + right :])
+        bias = rest.pop(0) if kernel.bias else None
+        mask = rest.pop(0) if kernel.mask else None
+        return GemmInputs(inputs[:left], inputs[left : left + right], bias, mask, rest)
 
 
 def _product_size(kernel: GemmKernel, sizes: Sequence[Any]) -> list[Any] | None:
@@ -129,14 +153,18 @@ def _product_size(kernel: GemmKernel, sizes: Sequence[Any]) -> list[Any] | None:
 
 
 def _gemm(inputs: Sequence[Tensor], kernel: GemmKernel, sizes: Sequence[int], random: _Random) -> list[Tensor]:
-    left, right, bias, mask = split_operands(inputs, kernel)
-    result = product.scaled_mm(left, right, bias, kernel.dot, _product_size(kernel, sizes), kernel.out)
-    if mask is not None:
-        result = ops.apply_mask_reference(result, mask, kernel.mask_transposed)
+    given = GemmInputs.of(inputs, kernel)
+    size = _product_size(kernel, sizes)
+    result = product.scaled_mm(given.left, given.right, given.bias, kernel.dot, size, kernel.out)
+    if given.mask is not None:
+        result = ops.apply_mask_reference(result, given.mask, kernel.mask_transposed)
     for axis, turn in enumerate(kernel.undo):
         if turn is not None:
             seed, _, spins = random.of(0)
             result = ops.hadamard_reference(result, axis, str(turn), sizes[axis], seed, spins[axis])
+    if kernel.then is not None:
+        extra = [_vector(x, kind.vector) for x, kind in zip(given.then, kernel.then.inputs, strict=True)]
+        result = evaluate(kernel.then.expr, [result, *extra]).to(kernel.then.dtype)
     return [result]
 
 
@@ -160,6 +188,8 @@ def fused_reference(
         return _cast(inputs, parsed, random)
     if isinstance(parsed, RequantKernel):
         return _requant(inputs, parsed, sizes, random)
+    if isinstance(parsed, DecodeKernel):
+        return [decode(inputs, parsed.source, sizes[0])]
     return _gemm(inputs, parsed, sizes, random)
 
 
@@ -174,10 +204,12 @@ def _fused_fake(
     parsed = parse_kernel(kernel)
     first = inputs[0]
     if isinstance(parsed, GemmKernel):
-        left, right, _, _ = split_operands(inputs, parsed)
-        p = product.Product.of(left, right, parsed.dot, _product_size(parsed, sizes))
+        given = GemmInputs.of(inputs, parsed)
+        p = product.Product.of(given.left, given.right, parsed.dot, _product_size(parsed, sizes))
         m, n = sizes or (p.m, p.n)
-        return [first.new_empty([m, n], dtype=parsed.out)]
+        return [first.new_empty([m, n], dtype=parsed.result)]
+    if isinstance(parsed, DecodeKernel):
+        return [first.new_empty([first.shape[0], sizes[0]], dtype=torch.bfloat16)]
     shape = list(first.shape) if isinstance(parsed, CastKernel) else [first.shape[0], sizes[0]]
     kept = [first.new_empty(shape, dtype=parsed.dtype)] if isinstance(parsed, CastKernel) and parsed.keep else []
     return [*kept, *(first.new_empty(size, dtype=dtype) for o in parsed.outputs for size, dtype in written_shapes(o, shape))]
@@ -187,10 +219,12 @@ def written_shapes(output: Output, shape: Sequence[Any]) -> list[tuple[list[Any]
     """(shape, dtype) of each part that an output writes, for a matrix of `shape` (ints or SymInts)."""
     turned = output.cast.turned(shape)
     quant, axis = output.cast.quant, output.cast.axis
-    found = reference.part_shapes(quant, axis, turned)
+    named = dict(zip(quant.parts, reference.part_shapes(quant, axis, turned), strict=True))
+    named["values"] = turned, torch.bfloat16
+    found = [named[name] for name in output.parts]
     if output.transposed:
         mirrored = []
-        for name, (size, dtype) in zip(quant.parts, found, strict=True):
+        for name, (size, dtype) in zip(output.parts, found, strict=True):
             rows, cols = size if name in ("scale", "outer") else turned[-2:]
             per_byte = {"codes": 2 if quant.packed else 1, "mask": 8}.get(name, 1)
             mirrored.append(([cols, (rows + per_byte - 1) // per_byte], dtype))

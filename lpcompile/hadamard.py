@@ -245,8 +245,6 @@ def _cached_factors(block: int, inverse: bool, dtype: torch.dtype, device: torch
         for size in _factor_sizes(block):
             signs = _sylvester(size) if _is_power_of_two(size) else _base(size)
             factors.append(torch.from_numpy((signs.T if inverse else signs).copy()).to(dtype))
-        # The last factor alone bears 1/sqrt(block): a one-hot row then rotates to exactly that value.
-        factors[-1].mul_(1 / math.sqrt(block))
         # A parameter, because those keep static shapes under torch.compile(dynamic=True).
         return tuple(torch.nn.Parameter(f.to(device), requires_grad=False) for f in factors)
 
@@ -280,4 +278,5 @@ def rotate(x: torch.Tensor, block: int, inverse: bool = False) -> torch.Tensor:
             right //= size
             # A product from the right is one plain GEMM, where from the left it would be a batch of columns.
             y = y.reshape(-1, size) @ factor.mT if right == 1 else factor @ y.reshape(-1, size, right)
-    return y.reshape(x.shape)
+    # Once and last: sums of exact numbers are then exact in any order, here and in a kernel.
+    return y.reshape(x.shape) * (1 / math.sqrt(block))

@@ -2,12 +2,15 @@
 
     cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> keep, e4m3:1x128|1, e4m3:1x128|0|0:h16fixed'
     requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'
+    decode e2m1:1x16:e4m3+f32|0
     gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16 + bias
-    gemm e2m1:1x32:e8m0|1 @ e2m1:1x32:e8m0|1' -> bf16 * mask * 1:h32
+    gemm e2m1:1x32:e8m0|1~ @ e2m1:1x32:e8m0|1~' -> bf16 * mask * 1:h32
+    gemm e4m3:row|1 @ e4m3:row|1' -> bf16 then add(x0, x1) as bf16 with x1:bf16
 
 A Cast reads its inputs once, computes a tensor from them (the prologue) and quantises it in each of the ways its outputs name.
-A Requant does the same with what codes stand for. A Gemm multiplies two operands; what follows stands in the order in which
-it happens, each step rounded to the result's dtype.
+A Requant does the same with what codes stand for; a Decode writes it as bf16 values for a product without an instruction of
+its own. A Gemm multiplies two operands; what follows stands in the order in which it happens, each step rounded to the
+result's dtype.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 
 from lpcompile.errors import KernelError, near_matches
 from lpcompile.expr import Expr, Load, nodes, parse_expr
-from lpcompile.recipe import Cast, Dot, Rotation
+from lpcompile.recipe import DECODED, TRANSPOSED, Cast, Dot, Rotation, decoded_parts
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -62,10 +65,15 @@ class Input:
         return Input(_dtype(name), vector.removesuffix("]"))
 
 
+def _inputs(text: str, first: int = 0) -> tuple[Input, ...]:
+    """Reads `x0:bf16 x1:f32[c]`, numbered from `first` on."""
+    named = [part.partition(":") for part in text.split()]
+    if [name for name, _, _ in named] != [f"x{index}" for index in range(first, first + len(named))]:
+        raise KernelError(f"{text!r}: inputs are x{first}, x{first + 1}, ... in order")
+    return tuple(Input.parse(kind) for _, _, kind in named)
+
+
 # ---- kernels -----------------------------------------------------------------------------------------------------
-
-
-_TRANSPOSED = "'"
 
 
 @dataclass(frozen=True)
@@ -73,15 +81,19 @@ class Output:
     """One quantisation that a kernel writes, and how it lies in memory.
 
     transposed: codes, scales and mask are written as those of the transposed matrix, packed along its rows. tiled: block
-    scales come in the 128x4 tiles that tensor cores read (spec nvfp4: 32 rows of 16 bytes), padded with 0.
-    Text form: the cast's, then `'` for transposed, `#` for tiled.
+    scales come in the 128x4 tiles that tensor cores read (spec nvfp4: 32 rows of 16 bytes), padded with 0. decoded: bf16
+    values in place of the codes (`decoded_parts`). Text form: the cast's, then `~` for decoded, `'` for transposed, `#` for
+    tiled.
     """
 
     cast: Cast
     transposed: bool = False
     tiled: bool = False
+    decoded: bool = False
 
     def __post_init__(self) -> None:
+        if self.decoded and self.tiled:
+            raise KernelError(f"{self}: decoded values have no scales in tiles")
         if self.tiled and (self.contraction_axis != 1 or not self.cast.quant.block.cols):
             raise KernelError(f"{self}: tiles of scales need blocks along the last axis in memory")
 
@@ -91,14 +103,21 @@ class Output:
         # Blocks that are square serve either axis: they lie as they are needed.
         return 1 if self.cast.quant.block.symmetric else self.cast.axis ^ int(self.transposed)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors that are written, in order."""
+        return decoded_parts(self.cast.quant) if self.decoded else self.cast.quant.parts
+
     def __str__(self) -> str:
-        return f"{self.cast}{_TRANSPOSED if self.transposed else ''}{'#' if self.tiled else ''}"
+        text = f"{self.cast}{DECODED if self.decoded else ''}"
+        return text + (TRANSPOSED if self.transposed else "") + ("#" if self.tiled else "")
 
     @staticmethod
     def parse(text: str) -> Output:
-        body = text.removesuffix("#")
-        cast = body.removesuffix(_TRANSPOSED)
-        return Output(Cast.parse(cast), cast != body, body != text)
+        plain = text.removesuffix("#")
+        body = plain.removesuffix(TRANSPOSED)
+        cast = body.removesuffix(DECODED)
+        return Output(Cast.parse(cast), body != plain, plain != text, cast != body)
 
 
 def _outputs(text: str) -> tuple[bool, tuple[Output, ...]]:
@@ -154,12 +173,8 @@ class CastKernel:
         match = re.fullmatch(r"cast (.+?) = (.+) as (\w+) -> (.+)", text)
         if not match:
             raise KernelError(f"{text!r} is no cast kernel; write 'cast x0:bf16 = x0 as bf16 -> <cast>, ...'")
-        named = [part.partition(":") for part in match[1].split()]
-        if [name for name, _, _ in named] != [f"x{index}" for index in range(len(named))]:
-            raise KernelError(f"{text!r}: inputs are x0, x1, ... in order")
         keep, outputs = _outputs(match[4])
-        inputs = tuple(Input.parse(kind) for _, _, kind in named)
-        return CastKernel(outputs, _dtype(match[3]), inputs, parse_expr(match[2]), keep)
+        return CastKernel(outputs, _dtype(match[3]), _inputs(match[1]), parse_expr(match[2]), keep)
 
 
 @dataclass(frozen=True)
@@ -191,9 +206,55 @@ class RequantKernel:
 
 
 @dataclass(frozen=True)
+class DecodeKernel:
+    """Writes bf16 values for codes that the cast `source` made, times their block scales where that is exact (`folds`).
+
+    Reads codes, and block scales where they fold; writes one matrix in storage order. The rest of the parts stays as it is.
+    """
+
+    source: Cast
+
+    def __str__(self) -> str:
+        return f"decode {self.source}"
+
+    @staticmethod
+    def parse(text: str) -> DecodeKernel:
+        return DecodeKernel(Cast.parse(text.removeprefix("decode ")))
+
+
+@dataclass(frozen=True)
+class Then:
+    """Pointwise work on a Gemm's result: `expr` over x0, the result, and x1, x2, ...: `inputs`, as a Cast's prologue has them;
+    computed in FP32, rounded to `dtype`. Text form: `<expr> as <dtype>[ with x1:bf16 x2:f32[c]]`."""
+
+    expr: Expr
+    dtype: torch.dtype = torch.bfloat16
+    inputs: tuple[Input, ...] = ()
+
+    def __post_init__(self) -> None:
+        dtype_name(self.dtype)
+        loads = {node.index for node in nodes(self.expr) if isinstance(node, Load)}
+        if loads != set(range(len(self.inputs) + 1)):
+            raise KernelError(f"{self.expr} reads {sorted(loads)} of the result and {len(self.inputs)} inputs")
+
+    def __str__(self) -> str:
+        named = " ".join(f"x{index}:{each}" for index, each in enumerate(self.inputs, 1))
+        return f"{self.expr} as {dtype_name(self.dtype)}{' with ' + named if named else ''}"
+
+    @staticmethod
+    def parse(text: str) -> Then:
+        body, _, named = text.partition(" with ")
+        expr, as_, dtype = body.rpartition(" as ")
+        if not as_:
+            raise KernelError(f"{text!r} does not say what follows a product; write e.g. 'add(x0, x1) as bf16 with x1:bf16'")
+        return Then(parse_expr(expr), _dtype(dtype), _inputs(named, 1))
+
+
+@dataclass(frozen=True)
 class GemmKernel:
     """A product of two operands (`product.scaled_mm`), plus a bias over its columns, rounded once to `out`; then the clip mask
-    of QuEST (`'`: of the transposed matrix), then rotations undone along rows and columns, each rounded to `out`."""
+    of QuEST (`'`: of the transposed matrix), then rotations undone along rows and columns, each rounded to `out`; then
+    pointwise work."""
 
     dot: Dot
     out: torch.dtype = torch.bfloat16
@@ -201,6 +262,12 @@ class GemmKernel:
     mask: bool = False
     mask_transposed: bool = False
     undo: tuple[Rotation | None, Rotation | None] = (None, None)
+    then: Then | None = None
+
+    @property
+    def result(self) -> torch.dtype:
+        """The dtype of what is written."""
+        return self.out if self.then is None else self.then.dtype
 
     def __post_init__(self) -> None:
         dtype_name(self.out)
@@ -211,27 +278,32 @@ class GemmKernel:
 
     def __str__(self) -> str:
         text = f"gemm {self.dot} -> {dtype_name(self.out)}{' + bias' if self.bias else ''}"
-        text += f" * mask{_TRANSPOSED if self.mask_transposed else ''}" if self.mask else ""
-        return text + "".join(f" * {axis}:{r}" for axis, r in enumerate(self.undo) if r is not None)
+        text += f" * mask{TRANSPOSED if self.mask_transposed else ''}" if self.mask else ""
+        text += "".join(f" * {axis}:{r}" for axis, r in enumerate(self.undo) if r is not None)
+        return text + (f" then {self.then}" if self.then is not None else "")
 
     @staticmethod
     def parse(text: str) -> GemmKernel:
-        match = re.fullmatch(r"gemm (.+) -> (\w+)( \+ bias)?( \* mask'?)?(?: \* 0:(h\w+))?(?: \* 1:(h\w+))?", text)
+        match = re.fullmatch(_GEMM, text)
         if not match:
             raise KernelError(
-                f"{text!r} is no gemm kernel; write 'gemm <operand> @ <operand> -> bf16[ + bias][ * mask][ * 0:h32][ * 1:h32]'"
+                f"{text!r} is no gemm kernel; "
+                "write 'gemm <operand> @ <operand> -> bf16[ + bias][ * mask][ * 0:h32][ * 1:h32][ then <expr> as bf16]'"
             )
         rows, cols = (Rotation.parse(part) if part else None for part in (match[5], match[6]))
         mask = match[4] or ""
+        then = Then.parse(match[7]) if match[7] else None
         return GemmKernel(
-            Dot.parse(match[1]), _dtype(match[2]), match[3] is not None, bool(mask), _TRANSPOSED in mask, (rows, cols)
+            Dot.parse(match[1]), _dtype(match[2]), match[3] is not None, bool(mask), TRANSPOSED in mask, (rows, cols), then
         )
 
 
-Kernel = CastKernel | RequantKernel | GemmKernel
+_GEMM = r"gemm (.+?) -> (\w+)( \+ bias)?( \* mask'?)?(?: \* 0:(h\w+))?(?: \* 1:(h\w+))?(?: then (.+))?"
+Kernel = CastKernel | RequantKernel | DecodeKernel | GemmKernel
 _FAMILIES: Mapping[str, Callable[[str], Kernel]] = {
     "cast": CastKernel.parse,
     "requant": RequantKernel.parse,
+    "decode": DecodeKernel.parse,
     "gemm": GemmKernel.parse,
 }
 

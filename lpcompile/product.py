@@ -33,10 +33,14 @@ class Side:
         """The storage axis that is the contraction."""
         return (1 if self.left else 0) ^ int(self.operand.transposed)
 
+    def part(self, name: str) -> Tensor:
+        """The tensor that a name of `DotOperand.parts` stands for."""
+        return self.parts[self.operand.parts.index(name)]
+
     def stored_size(self, axis: int) -> tuple[int, bool]:
         """(size along a storage axis, whether it may be one too long because codes are packed in pairs)."""
         codes = self.parts[0]
-        if axis == 1 and self.quant is not None and self.quant.packed:
+        if axis == 1 and self.quant is not None and self.quant.packed and not self.operand.decoded:
             return codes.shape[-1] * 2, True
         return codes.shape[-2 + axis], False
 
@@ -45,7 +49,7 @@ class Side:
 
     def decoded(self, k: int, outer: int, scaled: bool) -> Tensor:
         """FP32 values [outer, K] or [K, outer]; times the block scale where `scaled`, never times the outer scale."""
-        if self.quant is None:
+        if self.quant is None or self.operand.decoded:
             return self.orient(self.parts[0].to(torch.float32))
         cols = k if self.k_axis == 1 else outer
         if not scaled:
@@ -55,7 +59,7 @@ class Side:
 
     def k_scale(self) -> Tensor:
         """FP32 block scales oriented like the operand, [outer blocks, K blocks] or [K blocks, outer blocks]."""
-        return self.orient(decode_scale(self.parts[1]))
+        return self.orient(decode_scale(self.part("scale")))
 
     def outer_block(self) -> int:
         """Elements of the outer axis that share a scale (0: all)."""
@@ -69,9 +73,14 @@ class Side:
         return self.operand.cast.quant.block.along(self.operand.cast.axis)[self.k_axis]
 
     @property
+    def carried(self) -> bool:
+        """True where the values bear their block scales already."""
+        return self.operand.decoded and "scale" not in self.operand.parts
+
+    @property
     def deferred(self) -> bool:
         """True where the block scale is constant along K, so that it can wait for the epilogue."""
-        return self.quant is not None and self.k_block() == 0
+        return self.quant is not None and self.k_block() == 0 and not self.carried
 
     @property
     def grouped(self) -> bool:
@@ -86,7 +95,7 @@ class Side:
         if self.deferred:
             factor = _repeat(self.k_scale(), self.outer_block(), outer, -2 if self.left else -1)
         if self.quant.has_outer:
-            factor = self.parts[2] if factor is None else factor * self.parts[2]
+            factor = self.part("outer") if factor is None else factor * self.part("outer")
         return factor
 
 
@@ -120,7 +129,10 @@ class Product:
     @property
     def integer(self) -> bool:
         """True where both operands are integer codes whose scales wait for the epilogue."""
-        return all(s.deferred and s.quant is not None and isinstance(s.quant.elem, Int) for s in (self.left, self.right))
+        return all(
+            s.deferred and s.quant is not None and isinstance(s.quant.elem, Int) and not s.operand.decoded
+            for s in (self.left, self.right)
+        )
 
     @property
     def group(self) -> int:

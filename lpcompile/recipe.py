@@ -209,6 +209,21 @@ def _part(key: str, value: str) -> Any:
     return share
 
 
+# How the text forms of operands and outputs say that they lie transposed, or come as bf16 values.
+TRANSPOSED = "'"
+DECODED = "~"
+
+
+def folds(quant: Quant) -> bool:
+    """True where code times block scale is exact in bf16, so that a decoded operand carries its scale."""
+    return quant.elem.man <= 7 and (quant.pow2 or (quant.outer is not None and quant.elem.man + quant.scale.man <= 6))
+
+
+def decoded_parts(quant: Quant) -> tuple[str, ...]:
+    """Names of the tensors of a decoded quantisation: bf16 `values` stand for the codes, and for the scales that fold."""
+    return ("values", *(name for name in quant.parts[1:] if name != "scale" or not folds(quant)))
+
+
 @dataclass(frozen=True)
 class Cast:
     """One quantisation as the graph holds it: the Quant, the storage axis (0 rows, 1 columns) of its contraction, and the
@@ -266,18 +281,36 @@ class Cast:
 
 @dataclass(frozen=True)
 class DotOperand:
-    """One side of a scaled_mm: the cast that made it (None: a plain tensor) and whether it is read transposed."""
+    """One side of a scaled_mm: the cast that made it (None: a plain tensor) and whether it is read transposed.
+
+    decoded: the codes come as bf16 values, with their block scales where the product is exact (`decoded_parts`).
+    Text form: the cast's or `hp`, then `~` for decoded, `'` for transposed.
+    """
 
     cast: Cast | None
     transposed: bool
+    decoded: bool = False
+
+    def __post_init__(self) -> None:
+        if self.decoded and self.cast is None:
+            raise RecipeError("a plain operand has nothing to decode")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors that the operand consists of."""
+        if self.cast is None:
+            return ("values",)
+        return decoded_parts(self.cast.quant) if self.decoded else self.cast.quant.parts
 
     def __str__(self) -> str:
-        return ("hp" if self.cast is None else str(self.cast)) + ("'" if self.transposed else "")
+        text = "hp" if self.cast is None else f"{self.cast}{DECODED if self.decoded else ''}"
+        return text + (TRANSPOSED if self.transposed else "")
 
     @staticmethod
     def parse(text: str) -> DotOperand:
-        body = text.removesuffix("'")
-        return DotOperand(None if body == "hp" else Cast.parse(body), body != text)
+        oriented = text.removesuffix(TRANSPOSED)
+        body = oriented.removesuffix(DECODED)
+        return DotOperand(None if body == "hp" else Cast.parse(body), oriented != text, body != oriented)
 
 
 @dataclass(frozen=True)

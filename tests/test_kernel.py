@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lpcompile.errors import KernelError
+from lpcompile.errors import KernelError, RecipeError
 from lpcompile.expr import Load, call, evaluate, parse_expr
-from lpcompile.kernel import CastKernel, GemmKernel, RequantKernel, parse
+from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, RequantKernel, parse
 
 TEXTS = (
     "cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1",
@@ -16,6 +16,9 @@ TEXTS = (
     "requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
     "gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16 + bias",
     "gemm hp @ int8:row|0 -> f32",
+    "decode e2m1:1x16:e4m3+f32|0|0:h16fixed",
+    "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32|1~, e2m1:1x16:e4m3+f32:sr|0|0:h16fixed~'",
+    "gemm e2m1:1x32:e8m0:up|1~ @ e2m1:1x32:e8m0:up|1~' -> bf16 then add(x0, mul(x1, x2)) as f32 with x1:bf16 x2:f32[c]",
     "gemm e2m1:1x32:e8m0:up|1 @ e2m1:1x32:e8m0:up|1' -> bf16 + bias * mask' * 0:h16fixed * 1:h32",
 )
 
@@ -25,7 +28,15 @@ def test_text_parses_back(text: str) -> None:
     kernel = parse(text)
     assert str(kernel) == text
     assert parse(str(kernel)) == kernel and hash(parse(str(kernel))) == hash(kernel)
-    assert type(kernel) is {"cast": CastKernel, "requant": RequantKernel, "gemm": GemmKernel}[text.split(maxsplit=1)[0]]
+    assert (
+        type(kernel)
+        is {
+            "cast": CastKernel,
+            "requant": RequantKernel,
+            "decode": DecodeKernel,
+            "gemm": GemmKernel,
+        }[text.split(maxsplit=1)[0]]
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,10 +56,13 @@ def test_text_parses_back(text: str) -> None:
         ("cast x0:bf16 = x0 as bf16 -> e4m3:1x32|0#", "tiles of scales"),
         ("requant e4m3:row|1 -> e4m3:row|1", "no requant kernel"),
         ("gemm hp @ hp", "no gemm kernel"),
+        ("gemm hp~ @ hp -> bf16", "nothing to decode"),
+        ("gemm hp @ hp -> bf16 then add(x0, x1) as bf16", "reads [0, 1]"),
+        ("cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:up|1~#", "scales in tiles"),
     ],
 )
 def test_what_cannot_be_is_refused(text: str, part: str) -> None:
-    with pytest.raises(KernelError) as caught:
+    with pytest.raises((KernelError, RecipeError)) as caught:
         parse(text)
     assert part in str(caught.value)
 
