@@ -21,15 +21,16 @@ assert __name__ == "lpcompile.codegen", "import it as lpcompile.codegen, not as 
 
 def schedules(kernel: Kernel, sizes: Sizes, target: Target) -> tuple[Schedule, ...]:
     """The ways of tiling a kernel that are worth a measurement, the cost model's choice first."""
+    found: tuple[Schedule, ...]
     # The emitters are heavy and each needs only its own: `python -m lpcompile recipes` should not wait for them.
     if isinstance(kernel, GemmKernel):
         from lpcompile.codegen.gemm import gemm_schedules
 
-        found: tuple[Schedule, ...] = gemm_schedules(kernel, sizes, target)
-        return found
-    from lpcompile.codegen.cast import cast_schedules
+        found = gemm_schedules(kernel, sizes, target)
+    else:
+        from lpcompile.codegen.cast import cast_schedules
 
-    found = cast_schedules(kernel, sizes, target)
+        found = cast_schedules(kernel, sizes, target)
     return found
 
 
