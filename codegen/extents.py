@@ -1,0 +1,54 @@
+"""Sizes of matrices as they stand in generated text: a number where it is known, an expression over ROWS and COLS elsewhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+
+from lpcompile.codegen.source import Sizes
+
+assert __name__ == "lpcompile.codegen.extents", "import it as lpcompile.codegen, not as codegen"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of one axis. text: how kernels and launchers write it; known: as a number, or None."""
+
+    text: str
+    known: int | None
+    divisors: sympy.Expr  # equal to the size as far as divisibility goes
+
+    @staticmethod
+    def of(sizes: Sizes, axis: int) -> Extent:
+        value = sizes.values[axis]
+        return Extent(("ROWS", "COLS")[axis], int(value) if value.is_Integer else None, value)
+
+    def divides(self, block: int) -> bool:
+        """True where `block` provably divides the size."""
+        return bool(sympy.Mod(self.divisors, block) == 0)
+
+    def padded(self, block: int) -> Extent:
+        """Rounded up to whole blocks."""
+        if self.divides(block):
+            return self
+        if self.known is not None:
+            return _number(-(-self.known // block) * block)
+        text = f"({self.text} + {block - 1}) // {block} * {block}"
+        return Extent(f"({text})", None, block * sympy.Symbol("blocks", integer=True))
+
+    def blocks(self, block: int) -> Extent:
+        """The number of blocks, the last perhaps a part (0: the whole axis is one)."""
+        if block == 0:
+            return _number(1)
+        if block == 1:
+            return self
+        if self.known is not None:
+            return _number(-(-self.known // block))
+        if self.divides(block):
+            return Extent(f"({self.text} // {block})", None, sympy.cancel(self.divisors / block))
+        return Extent(f"(({self.text} + {block - 1}) // {block})", None, sympy.Symbol("blocks", integer=True))
+
+
+def _number(value: int) -> Extent:
+    return Extent(str(value), value, sympy.Integer(value))
