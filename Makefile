@@ -1,7 +1,8 @@
 # Every target works from a fresh clone: it makes .venv and installs what it needs first.
 #
 #   make demo     train a small Llama in FP8 and INT8 beside the same run without lpcompile
-#   make test     the tests                     (make test ARGS="tests/test_formats.py -k e4m3")
+#   make test     the tests                     (make test ARGS="tests/test_formats.py -k e4m3"; for generated kernels
+#                 TRITON_INTERPRET=1 make test ARGS=tests/interpret)
 #   make check    ruff, mypy, import-linter
 #   make bench    step and compile times on this CPU     (make bench ARGS="--hidden 512 --recipe int8-rowwise")
 #   make install  all of the above's packages
@@ -31,6 +32,7 @@ demo: $(VENV)/.installed-demo
 
 test: $(VENV)/.installed-test $(VENV)/.model
 	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/interpret)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -20,6 +20,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _generated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Generated kernels and measured choices of a run are its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LPCOMPILE_CACHE", str(tmp_path_factory.mktemp("generated")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _fresh() -> Iterator[None]:
     torch.manual_seed(0)

@@ -1,0 +1,154 @@
+"""What a generated kernel becomes on a target, without a device: PTX, SASS, registers, spills, shared memory.
+
+compiled = compile_entry(source, source.entries[0], find_target("sm_100"))
+compiled.products          {Product("tcgen05", "fp8")}: the tensor-core instructions in it
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass, field
+from typing import Any
+
+from lpcompile.codegen import module
+from lpcompile.codegen.source import Argument, Entry, Source
+from lpcompile.errors import KernelError
+from lpcompile.target import Target
+
+assert __name__ == "lpcompile.codegen.compile", "import it as lpcompile.codegen.compile, not as codegen.compile"
+
+# Bytes of shared memory that one program may have (CUDA C++ programming guide, "compute capabilities", opt-in maximum).
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "sm_120": 99 << 10}
+
+
+@dataclass(frozen=True)
+class Product:
+    """A tensor-core instruction: `mma`, `wgmma` or `tcgen05`, and what it multiplies (`Target.rates` has the names; those with
+    block scales in the instruction are mx8, mx4, nvfp4)."""
+
+    instruction: str
+    kind: str
+
+    def __str__(self) -> str:
+        return f"{self.instruction} {self.kind}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One jit function for one target. shared: bytes a program asks for at its launch."""
+
+    name: str
+    target: Target
+    ptx: str = field(repr=False)
+    cubin: bytes = field(repr=False)
+    shared: int = 0
+    warps: int = 4
+
+    @functools.cached_property
+    def _usage(self) -> dict[str, int]:
+        text = _tool("cuobjdump", "--dump-resource-usage", cubin=self.cubin)
+        return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+    @property
+    def registers(self) -> int:
+        """Registers a thread."""
+        return self._usage["REG"]
+
+    @property
+    def spills(self) -> int:
+        """Bytes of local memory a thread: what did not fit into registers."""
+        return self._usage["STACK"] + self._usage["LOCAL"]
+
+    @property
+    def products(self) -> frozenset[Product]:
+        """The tensor-core instructions in the PTX."""
+        return frozenset(_product(name) for name in re.findall(_PRODUCTS, self.ptx))
+
+    @property
+    def tma(self) -> bool:
+        """True where tiles come or go through tensor descriptors."""
+        return "cp.async.bulk.tensor" in self.ptx
+
+    @property
+    def fits(self) -> bool:
+        """True where a multiprocessor of the target has the shared memory."""
+        return self.shared <= SHARED_LIMIT[self.target.name]
+
+    def sass(self) -> str:
+        """The machine code as text."""
+        return _tool("nvdisasm", "-c", cubin=self.cubin)
+
+
+def compile_entry(source: Source, entry: Entry, target: Target) -> Compiled:
+    """Compiles one jit function of a generated module for `target`, whatever machine this is.
+
+    Raises KernelError for a target without Triton kernels, and in a process whose Triton interprets.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if not target.name.startswith("sm_"):
+        raise KernelError(f"there is no machine code for the target {target.name}: take one of {', '.join(SHARED_LIMIT)}")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise KernelError("Triton interprets in this process (TRITON_INTERPRET=1) and compiles nothing")
+    fn = getattr(module.load(source), entry.name)
+    constants = {each.name: each.value for each in entry.arguments if each.type == "constexpr"}
+    described = ASTSource(
+        fn=fn,
+        signature={each.name: each.type for each in entry.arguments},
+        constexprs=constants,
+        attrs={(index,): [["tt.divisibility", 16]] for index, each in enumerate(entry.arguments) if _divisible(each)},
+    )
+    options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": False}
+    compiled = triton.compile(described, target=GPUTarget("cuda", int(target.name[3:]), 32), options=options)
+    return Compiled(entry.name, target, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared, entry.warps)
+
+
+def _divisible(argument: Argument) -> bool:
+    return argument.divisible and (argument.type.startswith("*") or re.fullmatch(r"[iu]\d+", argument.type) is not None)
+
+
+_PRODUCTS = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+"
+_KINDS = (  # the first that is found in the instruction's name says what it multiplies
+    ("kind::mxf8f6f4", "mx8"),
+    ("kind::f8f6f4", "fp8"),
+    ("kind::i8", "int8"),
+    ("kind::f16", "bf16"),
+    ("kind::tf32", "tf32"),
+    (".ue4m3", "nvfp4"),
+    ("kind::mxf4nvf4.block_scale.scale_vec::4X", "nvfp4"),
+    ("kind::mxf4nvf4.block_scale.block16", "nvfp4"),
+    ("kind::mxf4", "mx4"),
+    (".e4m3", "fp8"),
+    (".e5m2", "fp8"),
+    (".s8", "int8"),
+    (".u8", "int8"),
+    (".bf16", "bf16"),
+    (".f16.f16", "f16"),
+    (".tf32", "tf32"),
+)
+
+
+def _product(name: str) -> Product:
+    kind = next((kind for part, kind in _KINDS if part in name), "unknown")
+    return Product(name.partition(".")[0], kind)
+
+
+def _tool(name: str, *options: str, cubin: bytes) -> str:
+    """The output of one of the CUDA tools that Triton brings, on a cubin."""
+    from triton import knobs
+
+    with tempfile.TemporaryDirectory(prefix="lpcompile-") as folder:
+        path = pathlib.Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        # Triton's own file, with fixed options.
+        run = subprocess.run(  # noqa: S603
+            [getattr(knobs.nvidia, name).path, *options, str(path)], check=True, capture_output=True, text=True
+        )
+    return run.stdout
