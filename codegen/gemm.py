@@ -6,8 +6,6 @@ gemm_schedules(kernel, sizes, target)      -> candidates, the model's choice fir
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
 from lpcompile.codegen import gemm_body as body
@@ -24,12 +22,12 @@ __all__ = ["emit_gemm", "gemm_schedules"]
 _PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
 
 
-def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule, sites: Sequence[str] = ()) -> Source:
+def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
     """The module for a product. Raises KernelError for one that is not written here."""
     plan = Plan.of(kernel, sizes, target, schedule)
     text = "\n".join(
         [
-            header(kernel, sizes, target, schedule, sites),
+            header(kernel, sizes, target, schedule),
             *_imports(plan),
             "",
             f"KERNEL = {str(kernel)!r}",
