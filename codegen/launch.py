@@ -24,7 +24,7 @@ from torch import Tensor
 from lpcompile import fused, ops
 from lpcompile.codegen import emit, module, tune
 from lpcompile.codegen.example import Example
-from lpcompile.codegen.source import Schedule, Sizes
+from lpcompile.codegen.source import Sizes
 from lpcompile.errors import KernelError
 from lpcompile.kernel import DTYPES, CastKernel, DecodeKernel, GemmKernel, Kernel, Output, RequantKernel
 from lpcompile.product import Product
@@ -97,9 +97,9 @@ def _resolve(
             return reference
         _check(inputs)
         parsed = fused.parse_kernel(kernel)
-        call = Example(parsed, [_dense(x) for x in inputs], list(sizes), seed, list(uses), list(spins))
+        call = Example(parsed, [x.contiguous() for x in inputs], list(sizes), seed, list(uses), list(spins))
         with torch.cuda.device(inputs[0].device) if inputs[0].is_cuda else contextlib.nullcontext():
-            return _prepared(_chosen(parsed, call), inputs)
+            return _dense(_chosen(parsed, call), inputs)
     except tune.failures() as error:
         FALLBACKS[kernel] = " ".join(str(error).split())
         warnings.warn(f"lpcompile: {kernel} runs as plain PyTorch, slowly: {FALLBACKS[kernel]}", stacklevel=2)
@@ -114,41 +114,30 @@ def _check(inputs: Sequence[Tensor]) -> None:
             raise KernelError(f"kernels read matrices, not a tensor of shape {tuple(x.shape)}")
 
 
-def _chosen(kernel: Kernel, call: Example) -> Any:
-    """The generated module for a call. Raises KernelError where there is none, or none that can be trusted."""
+def _chosen(kernel: Kernel, call: Example) -> Launch:
+    """The generated launch for a call. Raises KernelError where there is none, or none that can be trusted."""
     device = call.inputs[0].device
     target = find_target("interpret" if device.type == "cpu" else "auto", device)
     sizes = kernel_sizes(kernel, call.inputs, call.sizes)
-    schedule: Schedule = tune.choose(kernel, sizes, target, call)
+    schedule = tune.choose(kernel, sizes, target, call)
     if wrong := tune.fault(kernel, sizes, target, schedule, device):
         raise KernelError(f"its self-test on {target.name} failed ({wrong})")
     seen = _SHAPES.setdefault(str(kernel), set())
     seen.add(sizes)
-    generated = module.load(emit(kernel, _symbols(sizes) if len(seen) > _MANY else Sizes.of(*sizes), target, schedule))
+    launch: Launch = module.load(
+        emit(kernel, _symbols(sizes) if len(seen) > _MANY else Sizes.of(*sizes), target, schedule)
+    ).launch
     if device.type == "cuda":
         # Compiles it, so that a schedule that does not fit shows here.
-        generated.launch(call.inputs, call.sizes, call.seed, call.uses, call.spins)
-    return generated, schedule
+        launch(call.inputs, call.sizes, call.seed, call.uses, call.spins)
+    return launch
 
 
-def _prepared(chosen: tuple[Any, Schedule], inputs: Sequence[Tensor]) -> Launch:
-    """The module's launch, with what inputs like these need before it."""
-    generated, schedule = chosen
-    launch: Launch = generated.launch
-    dense = all(x.is_contiguous() for x in inputs)
-    if dense and not schedule.tma:
+def _dense(launch: Launch, inputs: Sequence[Tensor]) -> Launch:
+    """The launch for inputs that lie as kernels read them: rows of a matrix one behind the other."""
+    if all(x.is_contiguous() for x in inputs):
         return launch
-
-    def prepared(inputs: list[Tensor], *rest: Any) -> list[Tensor]:
-        # A tensor descriptor needs an aligned address: a slice of rows may have none.
-        ready = [_dense(x) if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format) for x in inputs]
-        return launch(ready, *rest)
-
-    return prepared
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x.contiguous()
+    return lambda inputs, *rest: launch([x.contiguous() for x in inputs], *rest)
 
 
 def kernel_sizes(kernel: Kernel, inputs: Sequence[Tensor], sizes: Sequence[int]) -> tuple[int, ...]:
