@@ -11,6 +11,7 @@ import tempfile
 import threading
 from types import ModuleType
 
+from lpcompile.codegen.interpreter import mend
 from lpcompile.codegen.source import Source
 
 assert __name__ == "lpcompile.codegen.module", "import it as lpcompile.codegen.module, not as codegen.module"
@@ -62,6 +63,8 @@ def source_path(source: Source) -> pathlib.Path:
 
 def load(source: Source) -> ModuleType:
     """The generated module, imported once a process: Triton keeps what it compiled with the functions of a module."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        mend()
     path = source_path(source)
     name = f"lpcompile_generated_{path.stem}"
     with _LOCK:

@@ -1,0 +1,291 @@
+"""The text of a Gemm's jit functions: where a tile lies, what is loaded, the loop over K, the epilogue, the store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
+
+assert __name__ == "lpcompile.codegen.gemm_body", "import it as lpcompile.codegen, not as codegen"
+
+TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
+Lines = list[str]
+
+PLACE = '''
+@triton.jit
+def place(tile, M, N):
+    """First row and column of a tile. GROUP tiles of M come one after the other, so that they find b in the L2."""
+    tiles_m, band = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N) * GROUP
+    first = tile // band * GROUP
+    height = min(tiles_m - first, GROUP)
+    within = tile % band
+    return (first + within % height) * BLOCK_M, within // height * BLOCK_N
+'''
+
+E8M0 = '''
+@triton.jit
+def e8m0(byte):
+    """The power of two that a scale's byte stands for; 255 is NaN, 0 a subnormal number of FP32."""
+    value = tl.maximum(byte.to(tl.int32) << 23, 1 << 22).to(tl.float32, bitcast=True)
+    return tl.where(byte == 255, float("nan"), value)
+'''
+
+
+def indented(lines: Sequence[str], by: int = 1) -> Lines:
+    """The lines, `by` levels deeper."""
+    return ["    " * by + line if line else line for line in lines]
+
+
+def fenced(condition: str | None) -> str:
+    """The mask argument of a load that may reach past the end."""
+    return f", mask={condition}, other=0.0" if condition else ""
+
+
+def scale_value(text: str, operand: Operand) -> str:
+    """FP32 of a loaded block scale."""
+    assert operand.side.quant is not None
+    storage = operand.side.quant.scale_storage
+    return f"e8m0({text})" if storage == torch.uint8 else text if storage == torch.float32 else f"{text}.to(tl.float32)"
+
+
+# ---- the epilogue ------------------------------------------------------------------------------------------------
+
+
+def factors(plan: Plan, operand: Operand) -> str | None:
+    """What the result is multiplied with for one operand, as text; None for nothing."""
+    name, (index, size) = operand.name, (("rows", "M"), ("cols", "N"))[operand.outer]
+    found = []
+    if operand.deferred and operand.has("scale"):
+        block = operand.side.outer_block()
+        if block == 0:
+            found.append(scale_value(f"tl.load({name}_scale)", operand))
+        else:
+            place = index if block == 1 else f"{index} // {block}"
+            mask = fenced(None if plan.exact(operand.outer) else f"{index} < {size}")
+            load = scale_value(f"tl.load({name}_scale + {place}{mask})", operand)
+            found.append(load + ("[:, None]" if operand.outer == 0 else "[None, :]"))
+    if operand.has("outer"):
+        found.append(f"tl.load({name}_outer)")
+    if len(found) > 1:
+        return f"({' * '.join(found)})"
+    return found[0] if found else None
+
+
+def scaled_arguments(plan: Plan) -> Lines:
+    """Names of the tensors that the epilogue reads."""
+    names = []
+    for o in plan.operands:
+        names += [f"{o.name}_scale"] if o.deferred and o.has("scale") else []
+        names += [f"{o.name}_outer"] if o.has("outer") else []
+    return names + (["bias"] if plan.kernel.bias else [])
+
+
+def scaled(plan: Plan) -> Lines:
+    """The function that turns a sum of products of codes into the result in FP32."""
+    left, right = factors(plan, plan.a), factors(plan, plan.b)
+    lines = ["acc = acc.to(tl.float32)"] if plan.instruction is Instruction.INT8 else []
+    lines += [f"acc = acc * {left}"] if left else []
+    lines += [f"acc = acc * {right}"] if right else []
+    if plan.kernel.bias:
+        mask = fenced(None if plan.exact(1) else "cols < N")
+        lines.append(f"acc = acc + tl.load(bias + cols{mask}).to(tl.float32)[None, :]")
+    return [
+        "",
+        "@triton.jit",
+        f"def scaled({', '.join(['acc', 'rows', 'cols', 'M', 'N', *scaled_arguments(plan)])}):",
+        '    """Scales that are constant along K'
+        + (", and the bias" if plan.kernel.bias else "")
+        + ': in FP32, in this order."""',
+        *indented(lines),
+        "    return acc",
+        "",
+    ]
+
+
+def needs_scaling(plan: Plan) -> bool:
+    """True where the sum of products is not yet the result."""
+    return bool(scaled_arguments(plan)) or plan.instruction is Instruction.INT8
+
+
+# ---- the main loop -----------------------------------------------------------------------------------------------
+
+
+def pointers(plan: Plan, o: Operand) -> Lines:
+    """Pointers of an operand's first tile, where it has no descriptor."""
+    index, size = (("rows", "M"), ("cols", "N"))[o.outer]
+    step = "BLOCK_K" if o.packed == 1 else f"BLOCK_K // {o.packed}"
+    span = f"tl.arange(0, {step})"
+    k_first = "" if plan.schedule.split == 1 else f"first * {step.replace(' // ', ' // ')}"
+    if not o.k_last:
+        outer, inner = ("None, :", ":, None") if o.outer == 1 else (":, None", "None, :")
+        start = f"(first * BLOCK_K + {span})" if k_first else span
+        return [f"{o.name}_tile = {o.name} + {start}[{inner}].to(tl.int64) * {size} + {index}[{outer}]"]
+    outer, inner = (":, None", "None, :") if o.outer == 0 else ("None, :", ":, None")
+    length = "K" if o.packed == 1 else f"(K // {o.packed})"
+    # Rows past the end read others: what comes of them is not stored.
+    row = index if plan.exact(o.outer) else f"({index} % {size})"
+    start = f" + first * ({step})" if k_first else ""
+    return [f"{o.name}_tile = {o.name} + {row}[{outer}].to(tl.int64) * {length} + {span}[{inner}]{start}"]
+
+
+def load(plan: Plan, o: Operand) -> str:
+    """One step's tile, oriented [BLOCK_M, BLOCK_K] or [BLOCK_K, BLOCK_N]."""
+    start = ("row", "col")[o.outer]
+    if plan.described(o):
+        k = "step * BLOCK_K" if o.packed == 1 else f"step * (BLOCK_K // {o.packed})"
+        read = f"{o.name}.load([{start}, {k}])" if o.k_last else f"{o.name}.load([{k}, {start}])"
+        return read if o.k_last == (o.outer == 0) else f"{read}.T"
+    conditions = []
+    if not plan.exact(2):
+        left, each = ("K", "BLOCK_K") if o.packed == 1 else (f"K // {o.packed}", f"(BLOCK_K // {o.packed})")
+        span = f"tl.arange(0, {each})"
+        conditions.append(f"({span} < {left} - step * {each})[{'None, :' if o.outer == 0 else ':, None'}]")
+    if not o.k_last and not plan.exact(o.outer):
+        index, size = (("rows", "M"), ("cols", "N"))[o.outer]
+        conditions.append(f"({index} < {size})[{':, None' if o.outer == 0 else 'None, :'}]")
+    zero = "0" if o.dtype in (torch.int8, torch.uint8) else "0.0"
+    mask = f", mask={' & '.join(conditions)}, other={zero}" if conditions else ""
+    return f"tl.load({o.name}_tile{mask})"
+
+
+def advance(plan: Plan, o: Operand) -> Lines:
+    """Moves an operand's pointers to the next step."""
+    if plan.described(o):
+        return []
+    step = "BLOCK_K" if o.packed == 1 else f"BLOCK_K // {o.packed}"
+    size = ("M", "N")[o.outer]
+    return [f"{o.name}_tile += {step}" if o.k_last else f"{o.name}_tile += BLOCK_K * {size}.to(tl.int64)"]
+
+
+def group_scale(plan: Plan, o: Operand) -> tuple[Lines, str, str]:
+    """(lines before the loop, the load in it, its shape: `row`, `column` or `one`) of scales that vary along K."""
+    name, (index, start, size) = o.name, (("rows", "row", "M"), ("cols", "col", "N"))[o.outer]
+    block, tile = o.side.outer_block(), plan.tile[o.outer]
+    one = block == 0 or block % tile == 0
+    where = "0" if block == 0 else index if block == 1 else f"{start} // {block}" if one else f"{index} // {block}"
+    mask = fenced(None if one or plan.exact(o.outer) else f"{index} < {size}")
+    groups = f"tl.cdiv(K, {o.group})"
+    step = plan.tile[2]
+    group = "step" if o.group == step else f"step * BLOCK_K // {o.group}"
+    if o.k_last:
+        base = f"{name}_scale" if where == "0" else f"{name}_scale + ({where}) * {groups}"
+        address = f"{name}_scales + {group}"
+    else:
+        base = f"{name}_scale" if where == "0" else f"{name}_scale + {where}"
+        blocks = "1" if block == 0 else size if block == 1 else f"tl.cdiv({size}, {block})"
+        address = f"{name}_scales + {group} * {blocks}" if blocks != "1" else f"{name}_scales + {group}"
+    shape = "one" if one else ("row", "column")[o.outer]
+    return [f"{name}_scales = {base}"], scale_value(f"tl.load({address}{mask})", o), shape
+
+
+def dot(plan: Plan, x: str, y: str, acc: str = "") -> str:
+    """The product of two tiles, added to `acc` where it is given."""
+    extra = f", {acc}" if acc else ""
+    if plan.instruction is Instruction.INT8:
+        return f"tl.dot({x}, {y}{extra}, out_dtype=tl.int32)"
+    if plan.instruction is Instruction.FLOAT and torch.float32 in (plan.a.dtype, plan.b.dtype):
+        x, y = (v if o.dtype == torch.float32 else f"{v}.to(tl.float32)" for v, o in zip((x, y), plan.operands, strict=True))
+        return f'tl.dot({x}, {y}{extra}, input_precision="ieee")'
+    return f"tl.dot({x}, {y}{extra})"
+
+
+def promoted(plan: Plan) -> tuple[Lines, Lines]:
+    """(lines before the loop, lines in it) where each group's partial product is scaled in FP32 and then added."""
+    before: Lines = []
+    inside: Lines = []
+    vectors: list[tuple[str, str]] = []
+    ones: list[tuple[str, str]] = []
+    for o in plan.operands:
+        if o.group:
+            prepared, read, shape = group_scale(plan, o)
+            before += prepared
+            inside.append(f"{o.name}_factor = {read}")
+            (ones if shape == "one" else vectors).append((f"{o.name}_factor", shape))
+    inside.append(f"partial = {dot(plan, load(plan, plan.a), load(plan, plan.b))}")
+    broadcast = {"row": "[:, None]", "column": "[None, :]"}
+    if len(vectors) == 2:
+        inside.append(f"partial = partial * {vectors[1][0]}{broadcast[vectors[1][1]]}")
+        factor = f"{vectors[0][0]}{broadcast[vectors[0][1]]}"
+    elif vectors:
+        product = " * ".join([vectors[0][0], *(name for name, _ in ones)])
+        factor = f"({product}){broadcast[vectors[0][1]]}"
+    else:
+        factor = " * ".join(name for name, _ in ones)
+    # One instruction in place of two: FP contraction is off elsewhere.
+    inside.append(f"acc = tl.fma(partial, tl.broadcast_to({factor}, BLOCK_M, BLOCK_N), acc)")
+    return before, inside
+
+
+def loop(plan: Plan) -> Lines:
+    """The sum over K into `acc`."""
+    lines: Lines = []
+    for o in plan.operands:
+        lines += [] if plan.described(o) else pointers(plan, o)
+    zero = "tl.int32" if plan.instruction is Instruction.INT8 else "tl.float32"
+    before: Lines = []
+    inside = [f"acc = {dot(plan, load(plan, plan.a), load(plan, plan.b), 'acc')}"]
+    if plan.group:
+        before, inside = promoted(plan)
+    lines += [*before, f"acc = tl.zeros((BLOCK_M, BLOCK_N), {zero})"]
+    span = "tl.cdiv(K, BLOCK_K)" if plan.schedule.split == 1 else "first, last"
+    inside += [line for o in plan.operands for line in advance(plan, o)]
+    return [*lines, f"for step in range({span}):", *indented(inside)]
+
+
+# ---- the kernel --------------------------------------------------------------------------------------------------
+
+
+SPANS = ["rows = row + tl.arange(0, BLOCK_M)", "cols = col + tl.arange(0, BLOCK_N)"]
+
+
+def edge(plan: Plan, rows: str = "M", cols: str = "N") -> str:
+    """The mask argument of a store."""
+    found = [] if plan.exact(0) else [f"(rows < {rows})[:, None]"]
+    found += [] if plan.exact(1) else [f"(cols < {cols})[None, :]"]
+    return f", mask={' & '.join(found)}" if found else ""
+
+
+def store(plan: Plan, value: str) -> str:
+    """Writes the tile."""
+    if plan.stored:
+        return f"out.store([row, col], {value})"
+    return f"tl.store(out + rows[:, None].to(tl.int64) * N + cols[None, :], {value}{edge(plan)})"
+
+
+def finish(plan: Plan) -> Lines:
+    """From the sum to the stored result."""
+    lines = []
+    if needs_scaling(plan):
+        lines.append(f"acc = scaled({', '.join(['acc', 'rows', 'cols', 'M', 'N', *scaled_arguments(plan)])})")
+    value = "acc" if plan.kernel.out == torch.float32 else f"acc.to({TRITON[plan.kernel.out]})"
+    return [*lines, store(plan, value)]
+
+
+def tile_lines(plan: Plan) -> Lines:
+    """What one program does for one tile."""
+    return ["row, col = place(tile, M, N)", *SPANS, *loop(plan), *finish(plan)]
+
+
+def gemm_names(plan: Plan) -> list[str]:
+    """The tensors that the kernel reads and writes, in order."""
+    names = []
+    for o in plan.operands:
+        names += [o.name, *(name for name in o.names[1:] if not name.endswith("_mask"))]
+    return [*names, *(["bias"] if plan.kernel.bias else []), "out"]
+
+
+def gemm(plan: Plan) -> Lines:
+    """The kernel itself."""
+    arguments = [*gemm_names(plan), "M", "N", "K"]
+    if plan.schedule.persistent:
+        arguments.append("PROGRAMS: tl.constexpr")
+        tiles = "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)"
+        body = [
+            f"for tile in tl.range(tl.program_id(0), {tiles}, PROGRAMS, flatten=True):",
+            *indented(tile_lines(plan)),
+        ]
+    else:
+        body = ["tile = tl.program_id(0)", *tile_lines(plan)]
+    return ["", "@triton.jit", f"def gemm({', '.join(arguments)}):", *indented(body), ""]

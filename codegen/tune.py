@@ -1,0 +1,195 @@
+"""Which schedule a kernel runs with on this GPU, measured once; and whether its results can be trusted here.
+
+Both answers are kept on disk (`module.cache_folder`), keyed by the Kernel, its sizes, the device, the versions of torch and
+Triton and the source of the code generator. Nothing is measured while a stream is captured, and nothing without a GPU.
+
+LPCOMPILE_AUTOTUNE=0     the cost model's choice
+LPCOMPILE_SELFTEST=0     no self-tests
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lpcompile.codegen import emit, module, schedules
+from lpcompile.codegen.example import Example, example, mismatch
+from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
+from lpcompile.errors import KernelError
+from lpcompile.kernel import CastKernel, GemmKernel, Kernel, RequantKernel
+from lpcompile.target import Target
+
+assert __name__ == "lpcompile.codegen.tune", "import it as lpcompile.codegen.tune, not as codegen.tune"
+
+_CANDIDATES = 6  # a measurement costs a compilation, of which the model's first few are worth it
+_REPEATS = 9
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A schedule as text, and the microseconds of each that was measured (none: the model chose)."""
+
+    schedule: str
+    times: dict[str, float] = field(default_factory=dict)
+
+
+_CHOICES: dict[tuple[str, tuple[int, ...]], Choice] = {}
+
+
+def winner(kernel: Kernel | str, sizes: Sequence[int]) -> Choice | None:
+    """What this process runs a kernel of these sizes with; None where it did not come up."""
+    return _CHOICES.get((str(kernel), tuple(sizes)))
+
+
+# ---- schedules ---------------------------------------------------------------------------------------------------
+
+
+def choose(kernel: Kernel, sizes: tuple[int, ...], target: Target, call: Example) -> Schedule:
+    """The schedule to run with: from the disk, or measured on the tensors of `call`, or the model's first.
+
+    Raises KernelError where no candidate runs.
+    """
+    found = schedules(kernel, Sizes.of(*sizes), target)
+    chosen = found[0]
+    times: dict[str, float] = {}
+    if len(found) > 1 and os.environ.get("LPCOMPILE_AUTOTUNE") != "0" and _measurable(call.inputs[0]):
+        path = _record("schedule", str(kernel), _bucket(sizes), call.inputs[0].device)
+        stored = _read(path)
+        named = {str(each): each for each in found}
+        if stored is None or stored["schedule"] not in named:
+            try:
+                stored = _measured(kernel, sizes, target, call, found[:_CANDIDATES])
+                module.write_aside(path, json.dumps({"kernel": str(kernel), "sizes": sizes, **stored}, indent=1))
+            except torch.OutOfMemoryError:
+                # A full device is no reason to stop: the next process may measure.
+                stored = {"schedule": str(chosen), "times": {}}
+        chosen, times = named[stored["schedule"]], stored["times"]
+    _CHOICES[str(kernel), sizes] = Choice(str(chosen), times)
+    return chosen
+
+
+def _measured(
+    kernel: Kernel, sizes: tuple[int, ...], target: Target, call: Example, candidates: Sequence[Schedule]
+) -> dict[str, Any]:
+    times: dict[str, float] = {}
+    errors: list[str] = []
+    for schedule in candidates:
+        try:
+            launch = module.load(emit(kernel, Sizes.of(*sizes), target, schedule)).launch
+            run = functools.partial(launch, call.inputs, call.sizes, call.seed, call.uses, call.spins)
+            times[str(schedule)] = _microseconds(run, call.inputs[0].device)
+        except failures() as error:
+            errors.append(f"{schedule}: {error}")
+    if not times:
+        raise KernelError(f"{kernel}: no schedule runs on this device. {'; '.join(errors)}")
+    return {"schedule": min(times, key=lambda name: times[name]), "times": times}
+
+
+def _microseconds(run: Callable[[], Any], device: torch.device) -> float:
+    """Median time of a launch whose inputs come from memory, not from the L2 cache."""
+    # Writing this much also keeps the device busy while the host prepares the launch, whose cost is not the kernel's.
+    size = max(2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0), 256 << 20)
+    flush = torch.empty(size, dtype=torch.int8, device=device)
+    run()
+    times: list[float] = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def failures() -> tuple[type[BaseException], ...]:
+    """What emission, compilation and launch of a schedule that does not fit the device raise."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return KernelError, CompilationError, OutOfResources, PTXASError
+
+
+def _measurable(x: Tensor) -> bool:
+    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
+
+def _bucket(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Sizes of one bucket share a choice: those between two powers of two that blocks of up to 256 divide alike."""
+    return tuple((next_power_of_two(size), math.gcd(size, 256)) for size in sizes)
+
+
+# ---- self-tests --------------------------------------------------------------------------------------------------
+
+
+def fault(kernel: Kernel, sizes: tuple[int, ...], target: Target, schedule: Schedule, device: torch.device) -> str | None:
+    """What is wrong with a kernel's result on a small problem, or None. Each family, format and rounding is tried once a
+    device and version; a kernel all of whose outputs were tried in others is not tried again."""
+    if os.environ.get("LPCOMPILE_SELFTEST") == "0" or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    found = None
+    for name in _tried(kernel):
+        path = _record("selftest", name, target.name, device)
+        stored = _read(path)
+        if stored is None:
+            # One run answers for all names of the kernel.
+            stored = {"what": name, "kernel": str(kernel), "fault": found or self_test(kernel, sizes, target, schedule, device)}
+            module.write_aside(path, json.dumps(stored, indent=1))
+        found = found or stored["fault"]
+    return found
+
+
+def self_test(kernel: Kernel, sizes: tuple[int, ...], target: Target, schedule: Schedule, device: torch.device) -> str | None:
+    """Runs a kernel on a small problem that leaves the same rests, and compares with the reference."""
+    small = tuple(size if size <= 768 else 512 + size % 256 for size in sizes)
+    call = example(kernel, small, device)
+    launch = module.load(emit(kernel, Sizes.of(*small), target, schedule)).launch
+    found = launch(call.inputs, call.sizes, call.seed, call.uses, call.spins)
+    return mismatch(kernel, found, call.reference())
+
+
+def _tried(kernel: Kernel) -> list[str]:
+    """What a self-test of the kernel vouches for."""
+    family = str(kernel).partition(" ")[0]
+    if isinstance(kernel, CastKernel | RequantKernel):
+        return [f"{family} {output}" for output in kernel.outputs]
+    return [f"{family} {kernel.dot if isinstance(kernel, GemmKernel) else kernel.source}"]
+
+
+# ---- records on disk ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _versions() -> str:
+    import triton
+
+    digest = hashlib.sha256()
+    core = pathlib.Path(__file__).resolve().parents[1]
+    for path in sorted([*(core / "codegen").glob("*.py"), *(core / "lpcompile").glob("*.py"), *core.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return f"torch {torch.__version__}, triton {triton.__version__}, source {digest.hexdigest()}"
+
+
+def _record(purpose: str, what: str, detail: object, device: torch.device) -> pathlib.Path:
+    text = "\n".join((what, str(detail), torch.cuda.get_device_name(device), _versions()))
+    return module.cache_folder() / f"{purpose}_{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+
+def _read(path: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

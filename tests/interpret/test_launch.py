@@ -1,0 +1,88 @@
+"""The operators by generated kernels, dispatched as on a GPU: what is generated, looked up, refused, fallen back from."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from lpcompile.codegen import launch, tune
+from lpcompile.codegen.example import example, mismatch
+from lpcompile.fused import fused_reference
+from lpcompile.kernel import parse
+from lpcompile.target import Target
+
+GEMM = "gemm e4m3:row|1 @ e4m3:row|1' -> bf16 + bias"
+
+
+@pytest.fixture(autouse=True)
+def _installed(monkeypatch):
+    launch.install()
+    monkeypatch.setattr(launch, "_LAUNCHES", {})
+    monkeypatch.setattr(launch, "_SHAPES", {})
+    monkeypatch.setattr(launch, "FALLBACKS", {})
+    target = Target("interpret", {"f32": 1.0, "bf16": 1.0, "fp8": 2.0, "int8": 2.0}, bandwidth=1.0, launch=1.0)
+    monkeypatch.setattr(launch, "find_target", lambda *_: target)
+
+
+def fused(call):
+    return torch.ops.lowprec.fused(call.inputs, str(call.kernel), call.sizes, call.seed, call.uses, call.spins)
+
+
+def test_an_operator_runs_the_generated_kernel():
+    call = example(parse(GEMM), (48, 40, 64))
+    found = fused(call)
+    assert mismatch(call.kernel, found, call.reference()) is None
+    assert mismatch(call.kernel, [found[0].roll(1, 0)], call.reference()) is not None
+    assert mismatch(call.kernel, [found[0] * 0], call.reference()) is not None
+    assert len(launch._LAUNCHES) == 1 and not launch.FALLBACKS
+    fused(call)
+    assert len(launch._LAUNCHES) == 1
+    chosen = tune.winner(GEMM, (48, 40, 64))
+    assert chosen is not None and chosen.times == {}
+    assert tune.winner(GEMM, (48, 40, 65)) is None
+    launch.install()
+
+
+def test_strided_inputs():
+    call = example(parse(GEMM), (48, 40, 64))
+    strided = [x.mT.contiguous().mT if x.dim() == 2 else x for x in call.inputs]
+    assert not strided[0].is_contiguous()
+    found = torch.ops.lowprec.fused(strided, GEMM, call.sizes)
+    assert torch.equal(found[0], fused(call)[0])
+    assert len(launch._LAUNCHES) == 2
+
+
+def test_many_sizes_share_a_module(monkeypatch):
+    seen = []
+    emit = launch.emit
+    monkeypatch.setattr(launch, "emit", lambda kernel, sizes, *rest: seen.append(str(sizes)) or emit(kernel, sizes, *rest))
+    monkeypatch.setattr(launch, "_MANY", 2)
+    for m in (16, 32, 48, 80):
+        call = example(parse(GEMM), (m, 32, 32))
+        assert mismatch(call.kernel, fused(call), call.reference()) is None
+    assert len(set(seen)) == 3 and "s0" in seen[-1]
+
+
+def test_what_cannot_be_generated_runs_as_the_reference_and_says_so_once():
+    text = "cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1"
+    x = torch.randn(2, 4, 128, dtype=torch.bfloat16)
+    with pytest.warns(UserWarning, match=r"runs as plain PyTorch, slowly: kernels read matrices, not .* \(2, 4, 128\)"):
+        found = torch.ops.lowprec.fused([x], text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.ops.lowprec.fused([x[:1]], text)
+    for a, b in zip(found, fused_reference([x], text), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    assert list(launch.FALLBACKS) == [text]
+    (empty,) = torch.ops.lowprec.fused([torch.empty(0, 8, dtype=torch.int8)], "decode int8:row|1", [8])
+    assert empty.shape == (0, 8)
+
+
+def test_a_wrong_kernel_is_disabled(monkeypatch):
+    monkeypatch.setattr(tune, "fault", lambda *_: "3.0% of 64 elements are right")
+    call = example(parse(GEMM), (16, 16, 16))
+    with pytest.warns(UserWarning, match=r"runs as plain PyTorch, slowly: its self-test on \w+ failed \(3.0%"):
+        found = fused(call)
+    assert torch.equal(found[0], call.reference()[0])
