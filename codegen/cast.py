@@ -13,7 +13,7 @@ import torch
 
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments, pointer
-from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header, next_power_of_two
+from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.codegen.views import View, stored
 from lpcompile.codegen.write import Function, emit_write, reduced
 from lpcompile.errors import KernelError
@@ -102,8 +102,7 @@ class _Emitter:
         return "".join(f", {name}" for name in self.size_arguments)
 
     def _load_function(self) -> str:
-        checks = [not self.views[0].output.cast.turned or not each.divides(size) for each, size in zip(self.extents, self.schedule.tile)]
-        checks = [not each.divides(size) for each, size in zip(self.extents, self.schedule.tile)]
+        checks = [not each.divides(size) for each, size in zip(self.extents, self.schedule.tile, strict=True)]
         load = self.fragments.load(*checks)
         rows = f", {self.extents[0].text}" if checks[0] else ""
         height, width = self.schedule.tile
@@ -134,22 +133,22 @@ def amax_kernel(x0, peaks{self._sizes()}):
 
     def _raise(self, peaks: Peaks) -> list[str]:
         tile = self.schedule.tile
-        counts = [size // block if block else 1 for size, block in zip(tile, peaks.block)]
+        counts = [size // block if block else 1 for size, block in zip(tile, peaks.block, strict=True)]
         shape: list[int] = []
         scales: list[int] = []
-        for size, count in zip(tile, counts):
+        for size, count in zip(tile, counts, strict=True):
             shape += [size] if count in (1, size) else [count, size // count]
             scales += [count] if count in (1, size) else [count, 1]
-        value = f"bits" if tuple(shape) == tuple(tile) else f"tl.reshape(bits, {tuple(shape)})"
+        value = "bits" if tuple(shape) == tuple(tile) else f"tl.reshape(bits, {tuple(shape)})"
         value = reduced(value, tuple(shape), tuple(scales))
         if scales != counts:
             value = f"tl.reshape({value}, {tuple(counts)})"
         checks = [
-            block != 0 and not extent.divides(size) for block, extent, size in zip(peaks.block, self.extents, tile)
+            block != 0 and not extent.divides(size) for block, extent, size in zip(peaks.block, self.extents, tile, strict=True)
         ]
         row, col = (
             "0" if not block else name if block == 1 else f"{name} // {block}"
-            for block, name in zip(peaks.block, ("row0", "col0"))
+            for block, name in zip(peaks.block, ("row0", "col0"), strict=True)
         )
         rows = f", {peaks.extents[0].text}" if checks[0] else ""
         raise_to = self.fragments.raise_to(*checks)
@@ -167,7 +166,12 @@ def amax_kernel(x0, peaks{self._sizes()}):
             arguments = [self._passed(name, view) for name in write.arguments]
             lines.append(f"{write.name}({x}, {place}, {', '.join(arguments)})")
         body = "\n".join(f"    {line}" for line in lines)
-        parameters = ["x0", *(["peaks"] if self.distinct else []), *(name for name, _ in self._parts(writes)), *self.size_arguments]
+        parameters = [
+            "x0",
+            *(["peaks"] if self.distinct else []),
+            *(name for name, _ in self._parts(writes)),
+            *self.size_arguments,
+        ]
         return f'''@triton.jit
 def cast_kernel({", ".join(parameters)}):
     """Reads a tile and writes each output's."""
@@ -231,7 +235,7 @@ def cast_kernel({", ".join(parameters)}):
         return f"{variable} = torch.empty(({_host(rows)}, {_host(cols)}), dtype={dtype}, device=device)"
 
     def _main(self) -> str:
-        shape = tuple(each.known or default for each, default in zip(self.extents, (256, 512)))
+        shape = tuple(each.known or default for each, default in zip(self.extents, (256, 512), strict=True))
         return f'''def main():
     """Runs the kernel on example inputs and prints what it writes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -245,9 +249,7 @@ if __name__ == "__main__":
 '''
 
     def _entries(self, writes: list[Function]) -> tuple[Entry, ...]:
-        sizes = tuple(
-            Argument(each.text, "i32", 4096, each.divides(16)) for each in self.extents if each.known is None
-        )
+        sizes = tuple(Argument(each.text, "i32", 4096, each.divides(16)) for each in self.extents if each.known is None)
         x0 = Argument("x0", pointer(self.kernel.dtype))
         peaks = (Argument("peaks", "*i32"),) if self.distinct else ()
         parts = tuple(Argument(name, pointer(dtype)) for name, dtype in self._parts(writes))

@@ -30,7 +30,9 @@ class View:
     @staticmethod
     def of(index: int, output: Output, tile: tuple[int, ...], extents: tuple[Extent, Extent]) -> View:
         """tile, extents: of the matrix that the kernel reads."""
-        turned = [each if turn is None else each.padded(turn.block) for each, turn in zip(extents, output.cast.rotations)]
+        turned = [
+            each if turn is None else each.padded(turn.block) for each, turn in zip(extents, output.cast.rotations, strict=True)
+        ]
         flip = -1 if output.transposed else 1
         rows, cols = turned[::flip]
         tile_rows, tile_cols = tile[::flip]
@@ -56,12 +58,12 @@ class View:
     @property
     def scale_tile(self) -> tuple[int, int]:
         """Scales of a tile."""
-        rows, cols = (size // block if block else 1 for size, block in zip(self.tile, self.block))
+        rows, cols = (size // block if block else 1 for size, block in zip(self.tile, self.block, strict=True))
         return rows, cols
 
     @property
     def scale_extents(self) -> tuple[Extent, Extent]:
-        rows, cols = (extent.blocks(block) for extent, block in zip(self.extents, self.block))
+        rows, cols = (extent.blocks(block) for extent, block in zip(self.extents, self.block, strict=True))
         return rows, cols
 
     @property
@@ -69,7 +71,7 @@ class View:
         """(shape of the tile with its blocks apart, shape of the scales beside it)."""
         shape: list[int] = []
         scales: list[int] = []
-        for size, count in zip(self.tile, self.scale_tile):
+        for size, count in zip(self.tile, self.scale_tile, strict=True):
             if count in (1, size):
                 shape, scales = [*shape, size], [*scales, count]
             else:

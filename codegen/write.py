@@ -33,7 +33,7 @@ def emit_write(view: View, fragments: Fragments, sizes: tuple[str, ...]) -> Func
     """Writes `write_<index>(x, row0, col0, <parts...>, <amax>, <sizes>)`; sizes: names of sizes that are arguments."""
     function = Function(f"write_{view.index}", f"{view.output} of a tile, which lies at (row0, col0) of what is written.")
     add = function.lines.append
-    shape, scale_shape = view.blocked
+    shape = view.blocked[0]
     if shape != view.tile:
         add(f"x = tl.reshape(x, {shape})")
     add("x = x.to(tl.float32)")
@@ -112,7 +112,7 @@ def scale_origin(view: View) -> tuple[str, str]:
     """Where the scales of the tile at (row0, col0) stand."""
     row, col = (
         "0" if block == 0 else name if block == 1 else f"{name} // {block}"
-        for name, block in zip(("row0", "col0"), view.block)
+        for name, block in zip(("row0", "col0"), view.block, strict=True)
     )
     return row, col
 
@@ -123,8 +123,10 @@ def _store_scale(view: View, fragments: Fragments, function: Function) -> None:
     if quant.scale == E8M0:
         value = f"{fragments.e8m0()}({value})"
     row, col = scale_origin(view)
-    store = tile_access(fragments.store, view.scale_extents, tile, view).format(f"{function.take('scale')}, {value}, {row}, {col}")
-    first = [f"{name} == 0" for name, block in zip(("row0", "col0"), view.block) if block == 0]
+    store = tile_access(fragments.store, view.scale_extents, tile, view).format(
+        f"{function.take('scale')}, {value}, {row}, {col}"
+    )
+    first = [f"{name} == 0" for name, block in zip(("row0", "col0"), view.block, strict=True) if block == 0]
     if first:
         function.lines.append(f"if {' and '.join(first)}:" if len(first) == 1 else f"if ({first[0]}) & ({first[1]}):")
         store = f"    {store}"
