@@ -42,7 +42,13 @@ def layer_kernels(
         found.extend(_kernels(graph))
 
     passes = pipeline_with(collect)
-    options = {"recipe": recipe, "target": target, "passes": passes, "always": True, "executor": Executor.REFERENCE.value}
+    options: dict[str, Any] = {
+        "recipe": recipe,
+        "target": target,
+        "passes": passes,
+        "always": True,
+        "executor": Executor.REFERENCE.value,
+    }
     layer = nn.Linear(k, n, bias=False, device="meta", dtype=dtype)
     torch.compiler.reset()
     torch.compile(layer, backend=lowprec, options=options)(torch.empty(m, k, device="meta", dtype=dtype, requires_grad=True))
