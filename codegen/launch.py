@@ -162,22 +162,25 @@ def _symbols(sizes: Sequence[int]) -> Sizes:
 
 
 @functools.cache
-def _cast_text(cast: str, dtype: torch.dtype) -> str:
+def cast_text(cast: str, dtype: torch.dtype) -> str:
+    """The Kernel that `lowprec::quantize` is."""
     return str(CastKernel((Output(ops.parse_cast(cast)),), dtype))
 
 
 @functools.cache
-def _requant_text(source: str, cast: str, dtype: torch.dtype) -> str:
+def requant_text(source: str, cast: str, dtype: torch.dtype) -> str:
+    """The Kernel that `lowprec::requantize` is."""
     return str(RequantKernel(ops.parse_cast(source), (Output(ops.parse_cast(cast)),), dtype))
 
 
 @functools.cache
-def _gemm_text(dot: str, dtype: torch.dtype, bias: bool) -> str:
+def gemm_text(dot: str, dtype: torch.dtype, bias: bool) -> str:
+    """The Kernel that `lowprec::scaled_mm` is."""
     return str(GemmKernel(ops.parse_dot(dot), dtype, bias))
 
 
 @functools.cache
-def _decode_text(cast: str) -> str | None:
+def decode_text(cast: str) -> str | None:
     """The Decode that means the same as a dequantisation to bf16, if one does."""
     parsed = ops.parse_cast(cast)
     return str(DecodeKernel(parsed)) if folds(parsed.quant) and not parsed.quant.has_outer else None
@@ -186,7 +189,7 @@ def _decode_text(cast: str) -> str | None:
 def _quantize(x: Tensor, cast: str, seed: Tensor | None = None, use: int = 0, spins: Sequence[int] = (0, 0)) -> list[Tensor]:
     if x.dtype not in DTYPES.values() or x.dim() != 2:
         return ops.quantize_reference(x, cast, seed, use, spins)
-    return run([x], _cast_text(cast, x.dtype), (), seed, (use,), tuple(spins))
+    return run([x], cast_text(cast, x.dtype), (), seed, (use,), tuple(spins))
 
 
 def _requantize(
@@ -201,11 +204,11 @@ def _requantize(
 ) -> list[Tensor]:
     if dtype not in DTYPES.values() or parts[0].dim() != 2:
         return ops.requantize_reference(parts, source, cast, cols, dtype, seed, use, spins)
-    return run(parts, _requant_text(source, cast, dtype), (cols,), seed, (use,), tuple(spins))
+    return run(parts, requant_text(source, cast, dtype), (cols,), seed, (use,), tuple(spins))
 
 
 def _dequantize(parts: list[Tensor], cast: str, cols: int, dtype: torch.dtype) -> Tensor:
-    text = _decode_text(cast)
+    text = decode_text(cast)
     if text is None or dtype != torch.bfloat16 or parts[0].dim() != 2:
         return ops.dequantize_reference(parts, cast, cols, dtype)
     return run(parts[:2], text, (cols,))[0]  # codes and the scales, which fold
@@ -216,7 +219,7 @@ def _scaled_mm(
 ) -> Tensor:
     if dtype not in DTYPES.values() or left[0].dim() != 2 or right[0].dim() != 2:
         return ops.scaled_mm_reference(left, right, bias, dot, size, dtype)
-    text = _gemm_text(dot, dtype, bias is not None)
+    text = gemm_text(dot, dtype, bias is not None)
     return run([*left, *right, *([] if bias is None else [bias])], text, size or ())[0]
 
 

@@ -1,4 +1,4 @@
-"""`python -m lpcompile recipes | targets | explain MODULE:ATTR`: the methods, the hardware, what becomes of a model."""
+"""`python -m lpcompile recipes | targets | explain MODULE:ATTR | emit`: methods, hardware, what becomes of a model, kernels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from lpcompile.errors import LowprecError, near_matches
+from lpcompile.codegen import emit
+from lpcompile.codegen.compile import SHARED_LIMIT, Compiled, compile_entry
+from lpcompile.codegen.source import Sizes, Source
+from lpcompile.errors import KernelError, LowprecError, TargetError, near_matches
 from lpcompile.explain import Restored, explain
+from lpcompile.kernel import DTYPES as DTYPE_NAMES
+from lpcompile.layer import LayerKernel, layer_kernels
 from lpcompile.recipe import KEEP, Role
 from lpcompile.recipes import ALIASES, RECIPES
 from lpcompile.report import WIDTH, Report
-from lpcompile.target import TARGETS
+from lpcompile.target import TARGETS, Target, find_target
 
 DTYPES = {
     "int64": torch.int64,
@@ -74,9 +79,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--graph", metavar="PASS", help="print the graph after this pass; 'input': as traced")
     command.add_argument("--full", action="store_true", help="one line a layer and GEMM, equal layers not merged")
+    _emit_parser(commands)
     for described in (recipes, targets, command):
         described.add_argument("--json", action="store_true", help="print JSON")
     return parser
+
+
+def _emit_parser(commands: Any) -> None:
+    about = "print the generated kernels of a linear layer's three GEMMs and their casts"
+    command = commands.add_parser("emit", help=about, description=about)
+    command.set_defaults(run=_emit)
+    command.add_argument("--recipe", default="fp8-rowwise", help="a recipe's name or text (default: %(default)s)")
+    command.add_argument("--target", default="sm_90", help="hardware to generate for (default: %(default)s)")
+    command.add_argument("--shape", default="4096x4096x4096", metavar="MxNxK", help="tokens, out- and in-features")
+    command.add_argument("--dtype", default="bf16", choices=DTYPE_NAMES, help="dtype of the layer (default: %(default)s)")
+    command.add_argument("--role", choices=[str(role) for role in Role], help="only what this GEMM needs")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--ptx", dest="form", action="store_const", const="ptx", help="print PTX in place of the source")
+    form.add_argument("--sass", dest="form", action="store_const", const="sass", help="print machine code")
+    form.add_argument("--resources", dest="form", action="store_const", const="resources", help="print a table")
 
 
 # ---- recipes and targets -----------------------------------------------------------------------------------------
@@ -146,7 +167,7 @@ def _write(text: str) -> None:
 
 
 def _explain(args: argparse.Namespace) -> None:
-    shapes = [_shape(text) for text in args.input]
+    shapes = [_shape(text, "--input", "2x16") for text in args.input]
     names = args.dtype or ["f32"]
     if len(names) not in (1, len(shapes)):
         raise _UsageError(f"{len(names)} --dtype for {len(shapes)} --input: give one for all, or one each")
@@ -174,10 +195,10 @@ def _show(report: Report, args: argparse.Namespace) -> None:
         report.print(compact=not args.full)
 
 
-def _shape(text: str) -> list[int]:
+def _shape(text: str, option: str, like: str) -> list[int]:
     sizes = text.split("x")
     if not all(size.isascii() and size.isdecimal() for size in sizes):
-        raise _UsageError(f"--input {text!r} is not a shape; write e.g. 2x16")
+        raise _UsageError(f"{option} {text!r} is not a shape; write e.g. {like}")
     return [int(size) for size in sizes]
 
 
@@ -239,6 +260,65 @@ def _check_inputs(model: nn.Module, positional: list[Any], keywords: dict[str, A
             model(*positional, **keywords)
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
             raise _UsageError(f"the model does not run on these inputs, compiled or not: {error}") from error
+
+
+# ---- emit --------------------------------------------------------------------------------------------------------
+
+
+def _emit(args: argparse.Namespace) -> None:
+    shape = _shape(args.shape, "--shape", "4096x4096x4096")
+    if len(shape) != 3 or 0 in shape:
+        raise _UsageError(f"--shape {args.shape!r}: write MxNxK, tokens x out-features x in-features")
+    target = find_target(args.target)
+    if target.name not in SHARED_LIMIT:
+        raise TargetError(f"kernels are generated for {', '.join(SHARED_LIMIT)}, not for {target.name}")
+    found = layer_kernels(args.recipe, target.name, shape, DTYPE_NAMES[args.dtype], args.role)
+    if not found:
+        sys.stderr.write("lpcompile: this recipe leaves the GEMM in high precision: nothing is generated\n")
+    elif args.form == "resources":
+        _resources(found, target)
+    else:
+        for each in found:
+            _write("\n\n".join(_generated(each, target, args.form)))
+
+
+def _source(each: LayerKernel, target: Target) -> Source:
+    return emit(each.kernel, Sizes.of(*each.sizes), target, sites=[f"linear {role}" for role in each.roles])
+
+
+def _generated(each: LayerKernel, target: Target, form: str | None) -> list[str]:
+    """Source, PTX or SASS of a kernel; why there is none in a comment."""
+    try:
+        source = _source(each, target)
+    except KernelError as error:
+        return [f"# {each.kernel}: {error}"]
+    if form is None:
+        return [source.text]
+    compiled = [compile_entry(source, entry, target) for entry in source.entries]
+    return [f"// {each.kernel}: {one.name}\n{one.ptx if form == 'ptx' else one.sass()}" for one in compiled]
+
+
+def _resources(found: Sequence[LayerKernel], target: Target) -> None:
+    table = _table("serves", "kernel", "schedule", "function", "registers", "spills", "shared", "tensor cores", "TMA")
+    for each in found:
+        served = " ".join(each.roles)
+        try:
+            source = _source(each, target)
+        except KernelError as error:
+            table.add_row(served, Text(str(each.kernel)), Text(str(error)))
+            continue
+        for index, entry in enumerate(source.entries):
+            first = (served, Text(str(each.kernel)), Text(str(source.schedule))) if index == 0 else ("", "", "")
+            table.add_row(*first, entry.name, *_cells(compile_entry(source, entry, target)))
+    console = _console()
+    console.print(table)
+    limit = f"{target.name}: at most 255 registers a thread and {SHARED_LIMIT[target.name]} bytes of shared memory a program"
+    console.print(f"{limit}; spills and shared in bytes", markup=False, highlight=False, soft_wrap=True)
+
+
+def _cells(compiled: Compiled) -> list[str]:
+    products = ", ".join(sorted(map(str, compiled.products))) or "-"
+    return [*map(str, (compiled.registers, compiled.spills, compiled.shared)), products, "yes" if compiled.tma else "-"]
 
 
 if __name__ == "__main__":
