@@ -84,8 +84,9 @@ class Compiled:
         return _tool("nvdisasm", "-c", cubin=self.cubin)
 
 
-def compile_entry(source: Source, entry: Entry, target: Target) -> Compiled:
-    """Compiles one jit function of a generated module for `target`, whatever machine this is.
+def compile_entry(source: Source, entry: Entry, target: Target, contract: bool = False) -> Compiled:
+    """Compiles one jit function of a generated module for `target`, whatever machine this is. contract: a multiplication and an
+    addition may become one rounding; launches never allow it.
 
     Raises KernelError for a target without Triton kernels, for what Triton cannot compile for it, and in a process whose Triton
     interprets.
@@ -108,7 +109,7 @@ def compile_entry(source: Source, entry: Entry, target: Target) -> Compiled:
         constexprs=constants,
         attrs={(index,): [["tt.divisibility", 16]] for index, each in enumerate(entry.arguments) if _divisible(each)},
     )
-    options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": contract}
     try:
         compiled = triton.compile(described, target=GPUTarget("cuda", int(target.name[3:]), 32), options=options)
     except (CompilationError, PTXASError, RuntimeError) as error:
