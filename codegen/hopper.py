@@ -358,8 +358,9 @@ class _Writer:
         descriptors = [
             *(f"TensorDescriptor.from_tensor({o.name}, {list(self.box(o))}, {o.name.upper()}_LAYOUT)" for o in plan.operands),
             "TensorDescriptor.from_tensor(out, [64, 128], OUT_LAYOUT)",
-            *(["TensorDescriptor.from_tensor(b_scale.mT.reshape(-1).view(-1, N), [1, 128], SCALE_LAYOUT)"] if self.vector else []),
         ]
+        if self.vector:
+            descriptors.append("TensorDescriptor.from_tensor(b_scale.mT.reshape(-1).view(-1, N), [1, 128], SCALE_LAYOUT)")
         lines = [
             f"{', '.join(names)} = map(ready, inputs)",
             shape(plan.a),
