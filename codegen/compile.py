@@ -103,9 +103,9 @@ def compile_entry(source: Source, entry: Entry, target: Target, contract: bool =
         raise KernelError("Triton interprets in this process (TRITON_INTERPRET=1) and compiles nothing")
     fn = getattr(module.load(source), entry.name)
     constants = {each.name: each.value for each in entry.arguments if each.type == "constexpr"}
-    described = ASTSource(
+    described = (_gluon_source if entry.gluon else ASTSource)(
         fn=fn,
-        signature={each.name: each.type for each in entry.arguments},
+        signature={each.name: _layout(each.type) if entry.gluon else each.type for each in entry.arguments},
         constexprs=constants,
         attrs={(index,): [["tt.divisibility", 16]] for index, each in enumerate(entry.arguments) if _divisible(each)},
     )
@@ -116,6 +116,28 @@ def compile_entry(source: Source, entry: Entry, target: Target, contract: bool =
         reason = " ".join(str(error).split())
         raise KernelError(f"{source.kernel}: {entry.name} does not compile for {target.name}: {reason}") from error
     return Compiled(entry.name, target, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared, entry.warps)
+
+
+def _gluon_source(**described: Any) -> Any:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource(**described)
+
+
+def _layout(kind: str) -> str:
+    """A descriptor's type with its layout in shared memory spelled out: `swizzled` is Gluon's default for its box."""
+    from triton.experimental.gluon import language as gl
+
+    match = re.fullmatch(r"tensordesc<(\w+)\[(\d+), (\d+)\],(\w+)>", kind)
+    if not match:
+        return kind
+    bits = int(re.findall(r"\d+", match[1])[0])
+    if match[4] == "swizzled":
+        element = {8: gl.int8, 16: gl.int16, 32: gl.int32}[bits]
+        layout = gl.NVMMASharedLayout.get_default_for([int(match[2]), int(match[3])], element)
+    else:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+    return f"{kind.rpartition(',')[0]},{layout!r}>"
 
 
 def _divisible(argument: Argument) -> bool:
