@@ -9,6 +9,7 @@ import torch
 
 from lpcompile.codegen import launch, tune
 from lpcompile.codegen.example import example, mismatch
+from lpcompile.codegen.source import Schedule
 from lpcompile.fused import fused_reference
 from lpcompile.kernel import parse
 from lpcompile.target import Target
@@ -86,3 +87,15 @@ def test_a_wrong_kernel_is_disabled(monkeypatch):
     with pytest.warns(UserWarning, match=r"runs as plain PyTorch, slowly: its self-test on \w+ failed \(3.0%"):
         found = fused(call)
     assert torch.equal(found[0], call.reference()[0])
+
+
+def test_the_next_schedule_stands_in_for_a_wrong_one(monkeypatch):
+    wrong, right = Schedule((16, 16, 32), 4, 2), Schedule((32, 32, 32), 4, 2)
+    monkeypatch.setattr(tune, "schedules", lambda *_: (wrong, right))
+    monkeypatch.setattr(tune, "fault", lambda *given: "3.0% of 64 elements are right" if given[3] == wrong else None)
+    call = example(parse(GEMM), (16, 32, 32))
+    with pytest.warns(UserWarning, match=r"16x16x32.* failed its self-test on interpret: 3.0%"):
+        found = fused(call)
+    assert mismatch(call.kernel, found, call.reference()) is None and not launch.FALLBACKS
+    chosen = tune.winner(GEMM, (16, 32, 32))
+    assert chosen is not None and chosen.schedule == str(right)
