@@ -9,8 +9,10 @@ from __future__ import annotations
 import torch
 
 from lpcompile.codegen import gemm_body as body
+from lpcompile.codegen.gemm_main import main_lines
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
 from lpcompile.codegen.gemm_schedule import gemm_schedules
+from lpcompile.codegen.hopper import emit_hopper
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.kernel import GemmKernel
 from lpcompile.target import Target
@@ -24,6 +26,8 @@ _PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120"
 
 def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
     """The module for a product. Raises KernelError for one that is not written here."""
+    if schedule.specialized:
+        return emit_hopper(kernel, sizes, target, schedule)
     plan = Plan.of(kernel, sizes, target, schedule)
     text = "\n".join(
         [
@@ -40,7 +44,7 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
             "",
             *_launch(plan),
             "",
-            *_main(plan),
+            *main_lines(plan),
         ]
     )
     return Source(kernel, sizes, target, schedule, text + "\n", _entries(plan))
@@ -112,19 +116,9 @@ def _launch(plan: Plan) -> list[str]:
         ")",
         "return [out]",
     ]
-    return [*_READY, *(_PROCESSORS_TEXT if persistent else []), "", *_LAUNCH_HEAD, *body.indented(lines), ""]
+    return [*body.READY, *(_PROCESSORS_TEXT if persistent else []), "", *body.LAUNCH_HEAD, *body.indented(lines), ""]
 
 
-_LAUNCH_HEAD = [
-    "def launch(inputs, sizes=(), seed=None, uses=(), spins=()):",
-    '    """`lowprec::fused` for this kernel."""',
-]
-_READY = [
-    "def ready(x):",
-    '    """The tensor itself where it is contiguous and aligned, as kernels take it."""',
-    "    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)",
-    "",
-]
 _PROCESSORS_TEXT = [
     "",
     "def processors(device):",
@@ -132,57 +126,6 @@ _PROCESSORS_TEXT = [
     '    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2',
     "",
 ]
-
-
-def _example(plan: Plan, o: Operand) -> list[str]:
-    """Lines that make an operand's tensors up."""
-    size = ("M", "N")[o.outer]
-    rows, cols = (size, "K") if o.k_last else ("K", size)
-    shape = f"({rows}, {cols}{' // 2' if o.packed == 2 else ''})"
-    quant = o.side.quant
-    if o.dtype in (torch.int8, torch.uint8):
-        low, high = (0, 256) if o.dtype == torch.uint8 else (-127, 128)
-        found = [f"torch.randint({low}, {high}, {shape}, dtype={o.dtype}, device=device)"]
-    else:
-        found = [f"torch.randn({shape}, device=device).to({o.dtype})"]
-    for part in o.side.operand.parts[1:]:
-        assert quant is not None and o.side.operand.cast is not None
-        blocks = quant.block.along(o.side.operand.cast.axis)
-        counts = [("1" if not b else s if b == 1 else f"-(-{s} // {b})") for s, b in zip((rows, cols), blocks, strict=True)]
-        if part == "scale" and quant.scale_storage == torch.uint8:
-            found.append(f"torch.full(({', '.join(counts)}), 127, dtype=torch.uint8, device=device)")
-        elif part == "scale":
-            found.append(f"torch.rand(({', '.join(counts)}), device=device).add(0.5).to({quant.scale_storage})")
-        elif part == "outer":
-            found.append("torch.rand((1, 1), device=device).add(0.5)")
-        else:
-            found.append(f"torch.zeros(({rows}, ({cols} + 7) // 8), dtype=torch.uint8, device=device)")
-    return found
-
-
-def _main(plan: Plan) -> list[str]:
-    sizes = ", ".join(str(plan.sizes.hint(axis, 256)) for axis in range(3))
-    inputs = [line for o in plan.operands for line in _example(plan, o)]
-    inputs += [f"torch.randn(N, device=device).to({plan.kernel.out})"] if plan.kernel.bias else []
-    lines = [
-        'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        f"M, N, K = {sizes}",
-        "inputs = [",
-        *(f"    {line}," for line in inputs),
-        "]",
-        "(out,) = launch(inputs, (M, N))",
-        'print(f"{KERNEL}: {tuple(out.shape)} {out.dtype}, rms {out.float().square().mean().sqrt().item():.4g}")',
-    ]
-    return [
-        "",
-        "def main():",
-        '    """Runs it on example inputs."""',
-        *body.indented(lines),
-        "",
-        "",
-        'if __name__ == "__main__":',
-        "    main()",
-    ]
 
 
 # ---- what is compiled --------------------------------------------------------------------------------------------

@@ -32,6 +32,17 @@ def e8m0(byte):
     return tl.where(byte == 255, float("nan"), value)
 '''
 
+LAUNCH_HEAD = [
+    "def launch(inputs, sizes=(), seed=None, uses=(), spins=()):",
+    '    """`lowprec::fused` for this kernel."""',
+]
+READY = [
+    "def ready(x):",
+    '    """The tensor itself where it is contiguous and aligned, as kernels take it."""',
+    "    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)",
+    "",
+]
+
 
 def indented(lines: Sequence[str], by: int = 1) -> Lines:
     """The lines, `by` levels deeper."""
@@ -159,25 +170,31 @@ def advance(plan: Plan, o: Operand) -> Lines:
     return [f"{o.name}_tile += {step}" if o.k_last else f"{o.name}_tile += BLOCK_K * {size}.to(tl.int64)"]
 
 
-def group_scale(plan: Plan, o: Operand) -> tuple[Lines, str, str]:
-    """(lines before the loop, the load in it, its shape: `row`, `column` or `one`) of scales that vary along K."""
-    name, (index, start, size) = o.name, (("rows", "row", "M"), ("cols", "col", "N"))[o.outer]
+def group_scale(plan: Plan, o: Operand) -> tuple[str, str]:
+    """(the load of a step's scales, their shape: `row`, `column` or `one`) where scales vary along K."""
+    name, (start, size) = o.name, (("row", "M"), ("col", "N"))[o.outer]
     block, tile = o.side.outer_block(), plan.tile[o.outer]
     one = block == 0 or block % tile == 0
-    where = "0" if block == 0 else index if block == 1 else f"{start} // {block}" if one else f"{index} // {block}"
-    mask = fenced(None if one or plan.exact(o.outer) else f"{index} < {size}")
-    groups = f"tl.cdiv(K, {o.group})"
-    step = plan.tile[2]
-    group = "step" if o.group == step else f"step * BLOCK_K // {o.group}"
+    # Worked out anew in each step: carried along, a vector of pointers would cost the registers that partial sums need.
+    span = f"{start} + tl.arange(0, BLOCK_{size})"
+    place = start if one else span
+    where = (
+        ""
+        if block == 0
+        else f"({place})"
+        if block == 1 and not one
+        else f"({place}) // {block}"
+        if not one
+        else f"{start} // {block}"
+    )
+    mask = fenced(None if one or plan.exact(o.outer) else f"{span} < {size}")
+    step = "step" if o.group == plan.tile[2] else f"step * BLOCK_K // {o.group}"
     if o.k_last:
-        base = f"{name}_scale" if where == "0" else f"{name}_scale + ({where}) * {groups}"
-        address = f"{name}_scales + {group}"
+        address = f"{where} * tl.cdiv(K, {o.group}) + {step}" if where else step
     else:
-        base = f"{name}_scale" if where == "0" else f"{name}_scale + {where}"
-        blocks = "1" if block == 0 else size if block == 1 else f"tl.cdiv({size}, {block})"
-        address = f"{name}_scales + {group} * {blocks}" if blocks != "1" else f"{name}_scales + {group}"
-    shape = "one" if one else ("row", "column")[o.outer]
-    return [f"{name}_scales = {base}"], scale_value(f"tl.load({address}{mask})", o), shape
+        blocks = size if block == 1 else f"tl.cdiv({size}, {block})"
+        address = f"{step} * {blocks} + {where}" if where else step
+    return scale_value(f"tl.load({name}_scale + {address}{mask})", o), "one" if one else ("row", "column")[o.outer]
 
 
 def dot(plan: Plan, x: str, y: str, acc: str = "") -> str:
@@ -191,16 +208,14 @@ def dot(plan: Plan, x: str, y: str, acc: str = "") -> str:
     return f"tl.dot({x}, {y}{extra})"
 
 
-def promoted(plan: Plan) -> tuple[Lines, Lines]:
-    """(lines before the loop, lines in it) where each group's partial product is scaled in FP32 and then added."""
-    before: Lines = []
+def promoted(plan: Plan) -> Lines:
+    """A step of the loop where each group's partial product is scaled in FP32 and then added."""
     inside: Lines = []
     vectors: list[tuple[str, str]] = []
     ones: list[tuple[str, str]] = []
     for o in plan.operands:
         if o.group:
-            prepared, read, shape = group_scale(plan, o)
-            before += prepared
+            read, shape = group_scale(plan, o)
             inside.append(f"{o.name}_factor = {read}")
             (ones if shape == "one" else vectors).append((f"{o.name}_factor", shape))
     inside.append(f"partial = {dot(plan, load(plan, plan.a), load(plan, plan.b))}")
@@ -215,7 +230,7 @@ def promoted(plan: Plan) -> tuple[Lines, Lines]:
         factor = " * ".join(name for name, _ in ones)
     # One instruction in place of two: FP contraction is off elsewhere.
     inside.append(f"acc = tl.fma(partial, tl.broadcast_to({factor}, BLOCK_M, BLOCK_N), acc)")
-    return before, inside
+    return inside
 
 
 def loop(plan: Plan) -> Lines:
@@ -224,11 +239,8 @@ def loop(plan: Plan) -> Lines:
     for o in plan.operands:
         lines += [] if plan.described(o) else pointers(plan, o)
     zero = "tl.int32" if plan.instruction is Instruction.INT8 else "tl.float32"
-    before: Lines = []
-    inside = [f"acc = {dot(plan, load(plan, plan.a), load(plan, plan.b), 'acc')}"]
-    if plan.group:
-        before, inside = promoted(plan)
-    lines += [*before, f"acc = tl.zeros((BLOCK_M, BLOCK_N), {zero})"]
+    inside = promoted(plan) if plan.group else [f"acc = {dot(plan, load(plan, plan.a), load(plan, plan.b), 'acc')}"]
+    lines += [f"acc = tl.zeros((BLOCK_M, BLOCK_N), {zero})"]
     span = "tl.cdiv(K, BLOCK_K)" if plan.schedule.split == 1 else "first, last"
     inside += [line for o in plan.operands for line in advance(plan, o)]
     return [*lines, f"for step in range({span}):", *indented(inside)]
@@ -265,7 +277,9 @@ def finish(plan: Plan) -> Lines:
 
 def tile_lines(plan: Plan) -> Lines:
     """What one program does for one tile."""
-    return ["row, col = place(tile, M, N)", *SPANS, *loop(plan), *finish(plan)]
+    described = all(plan.described(o) for o in plan.operands)
+    before, after = ([], SPANS) if described else (SPANS, [])
+    return ["row, col = place(tile, M, N)", *before, *loop(plan), *after, *finish(plan)]
 
 
 def gemm_names(plan: Plan) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lpcompile.codegen.gemm_plan import Instruction, choose
+from lpcompile.codegen.hopper import hopper_schedules
 from lpcompile.codegen.source import Schedule, Sizes
 from lpcompile.kernel import GemmKernel
 from lpcompile.target import Target
@@ -15,6 +16,11 @@ SHARED = {"sm_80": 163, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
 
 def gemm_schedules(kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[Schedule, ...]:
     """Candidates for a product on a target, the model's choice first. Raises KernelError where there is none."""
+    return hopper_schedules(kernel, sizes, target) + _plain_schedules(kernel, target)
+
+
+def _plain_schedules(kernel: GemmKernel, target: Target) -> tuple[Schedule, ...]:
+    """Those of the kernel in Triton."""
     instruction = choose(kernel, target)
     if target.name not in SHARED:
         return (Schedule((32, 32, 32), 4, 2),)
