@@ -222,13 +222,48 @@ def promoted(plan: Plan) -> Lines:
     return inside
 
 
+def block_scales(plan: Plan, o: Operand) -> str:
+    """The load of a step's scales [BLOCK_M or BLOCK_N, BLOCK_K / group] as `tl.dot_scaled` takes them."""
+    start, size = (("row", "M"), ("col", "N"))[o.outer]
+    span, groups = f"{start} + tl.arange(0, BLOCK_{size})", f"tl.cdiv(K, {o.group})"
+    block = o.side.outer_block()
+    where = f"({span})" if block == 1 else f"(({span}) // {block})"
+    ks = f"(tl.arange(0, BLOCK_K // {o.group}) + step * (BLOCK_K // {o.group}))"
+    if o.k_last:
+        address = f"{where}[:, None] * {groups} + {ks}[None, :]"
+    else:
+        address = f"{ks}[None, :] * {size if block == 1 else f'tl.cdiv({size}, {block})'} + {where}[:, None]"
+    conditions = [] if plan.exact(o.outer) else [f"({span} < {size})[:, None]"]
+    conditions += [] if plan.exact(2) else [f"({ks} < {groups})[None, :]"]
+    assert o.side.quant is not None
+    zero = "0" if o.side.quant.scale_storage == torch.uint8 else "0.0"
+    mask = f", mask={' & '.join(conditions)}, other={zero}" if conditions else ""
+    return f"tl.load({o.name}_scale + {address}{mask})"
+
+
+def scaled_dot(plan: Plan) -> Lines:
+    """A step of the loop where the instruction takes the block scales."""
+    tiles = [f'{load(plan, o)}, {o.name}_scales, "{o.format}"' for o in plan.operands]
+    scales = [f"{o.name}_scales = {block_scales(plan, o)}" for o in plan.operands]
+    return [*scales, f"acc = tl.dot_scaled({tiles[0]}, {tiles[1]}, acc)"]
+
+
+def step(plan: Plan) -> Lines:
+    """What one step of the loop adds to `acc`."""
+    if plan.instruction is Instruction.SCALED:
+        return scaled_dot(plan)
+    if plan.group:
+        return promoted(plan)
+    return [f"acc = {dot(plan, load(plan, plan.a), load(plan, plan.b), 'acc')}"]
+
+
 def loop(plan: Plan) -> Lines:
     """The sum over K into `acc`."""
     lines: Lines = []
     for o in plan.operands:
         lines += [] if plan.described(o) else pointers(plan, o)
     zero = "tl.int32" if plan.instruction is Instruction.INT8 else "tl.float32"
-    inside = promoted(plan) if plan.group else [f"acc = {dot(plan, load(plan, plan.a), load(plan, plan.b), 'acc')}"]
+    inside = step(plan)
     lines += [f"acc = tl.zeros((BLOCK_M, BLOCK_N), {zero})"]
     span = "tl.cdiv(K, BLOCK_K)" if plan.schedule.split == 1 else "first, last"
     inside += [line for o in plan.operands for line in advance(plan, o)]

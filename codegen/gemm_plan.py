@@ -9,7 +9,7 @@ import torch
 
 from lpcompile.codegen.source import Schedule, Sizes
 from lpcompile.errors import KernelError
-from lpcompile.formats import E2M1, E4M3, E5M2, E8M0
+from lpcompile.formats import E2M1, E4M3, E5M2, E8M0, Quant
 from lpcompile.kernel import GemmKernel
 from lpcompile.product import Side
 from lpcompile.recipe import DotOperand
@@ -154,18 +154,18 @@ def choose(kernel: GemmKernel, target: Target) -> Instruction:
         raise KernelError(f"{kernel}: {target.name} has no instruction for these codes: let the cast write decoded values (~)")
     if native == "int8":
         return Instruction.INT8
-    scaled = all(
-        q.elem in (E4M3, E5M2, E2M1) and q.block.rows == 1 and _native_group(q.scale == E8M0, q.block.cols) for q in quants
-    )
-    if any(q.elem == E2M1 for q in quants):
+    scaled = all(_scaled(quant) for quant in quants)
+    if any(quant.elem == E2M1 for quant in quants):
         if not scaled:
-            raise KernelError(f"{kernel}: FP4 instructions take scales of 1x32 (e8m0) or 1x16 (e4m3) along the contraction")
+            raise KernelError(f"{kernel}: FP4 instructions take a scale for 32 (e8m0) or 16 (e4m3) codes along the contraction")
         return Instruction.SCALED
     return Instruction.SCALED if scaled and "mx4" in target.rates else Instruction.FP8
 
 
-def _native_group(e8m0: bool, cols: int) -> bool:
-    return cols == (32 if e8m0 else 16)
+def _scaled(quant: Quant) -> bool:
+    """True where an instruction can take the codes with their block scales."""
+    group = 32 if quant.scale == E8M0 else 16 if quant.scale == E4M3 else 0
+    return quant.elem in (E4M3, E5M2, E2M1) and bool(group) and quant.block.cols == group and quant.block.rows > 0
 
 
 def _check(plan: Plan) -> None:

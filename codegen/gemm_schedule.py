@@ -18,6 +18,18 @@ def gemm_schedules(kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[Sc
     instruction = choose(kernel, target)
     if target.name not in SHARED:
         return (Schedule((32, 32, 32), 4, 2),)
+    if instruction is Instruction.SCALED:
+        k = 256 if kernel.dot.left.cast.quant.packed else 128
+        return tuple(
+            Schedule(t, w, st, tma=True, persistent=True)
+            for t, w, st in (
+                ((128, 128, k), 8, 4),
+                ((128, 256, k), 8, 3),
+                ((128, 128, k), 8, 3),
+                ((128, 128, k // 2), 8, 4),
+                ((128, 128, k), 4, 4),
+            )
+        )
     wide = 2 if instruction is Instruction.FLOAT else 1
     k = 128 // wide
     if target.name in ("sm_90", "sm_100"):
