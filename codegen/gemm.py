@@ -10,16 +10,13 @@ import torch
 
 from lpcompile.codegen import gemm_body as body
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
-from lpcompile.codegen.gemm_schedule import gemm_schedules
+from lpcompile.codegen.gemm_schedule import PROCESSORS, gemm_schedules
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.kernel import GemmKernel
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.gemm", "import it as lpcompile.codegen, not as codegen"
 __all__ = ["emit_gemm", "gemm_schedules"]
-
-# Multiprocessors of a common card of each kind: an example for compiling without a device.
-_PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
 
 
 def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
@@ -195,7 +192,7 @@ def _entries(plan: Plan) -> tuple[Entry, ...]:
         for place, axis in enumerate(("M", "N", "K"))
     ]
     if plan.schedule.persistent:
-        arguments.append(Argument("PROGRAMS", "constexpr", _PROCESSORS.get(plan.target.name, 2)))
+        arguments.append(Argument("PROGRAMS", "constexpr", PROCESSORS.get(plan.target.name, 2)))
     return (Entry("gemm", tuple(arguments), plan.schedule.warps, plan.schedule.stages),)
 
 

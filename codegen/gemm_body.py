@@ -113,21 +113,31 @@ def needs_scaling(plan: Plan) -> bool:
 
 
 def pointers(plan: Plan, o: Operand) -> Lines:
-    """Pointers of an operand's first tile, where it has no descriptor."""
-    index, size = (("rows", "M"), ("cols", "N"))[o.outer]
+    """Where an operand's first tile lies and the offsets in it, where it has no descriptor."""
+    start, size = (("row", "M"), ("col", "N"))[o.outer]
     step = "BLOCK_K" if o.packed == 1 else f"BLOCK_K // {o.packed}"
-    span = f"tl.arange(0, {step})"
-    k_first = "" if plan.schedule.split == 1 else f"first * {step.replace(' // ', ' // ')}"
+    outer = f"tl.arange(0, BLOCK_{size})"
+    first = f"tl.cast(first, tl.int64) * ({step})"
+    split = plan.schedule.split > 1
     if not o.k_last:
-        outer, inner = ("None, :", ":, None") if o.outer == 1 else (":, None", "None, :")
-        start = f"(first * BLOCK_K + {span})" if k_first else span
-        return [f"{o.name}_tile = {o.name} + {start}[{inner}].to(tl.int64) * {size} + {index}[{outer}]"]
-    outer, inner = (":, None", "None, :") if o.outer == 0 else ("None, :", ":, None")
-    length = "K" if o.packed == 1 else f"(K // {o.packed})"
-    # Rows past the end read others: what comes of them is not stored.
-    row = index if plan.exact(o.outer) else f"({index} % {size})"
-    start = f" + first * ({step})" if k_first else ""
-    return [f"{o.name}_tile = {o.name} + {row}[{outer}].to(tl.int64) * {length} + {span}[{inner}]{start}"]
+        base = f"{o.name} + {start}" + (f" + {first} * {size}" if split else "")
+        offsets = f"tl.arange(0, {step}){_k(o)} * {size} + {outer}{_outer(o)}"
+    else:
+        length = "K" if o.packed == 1 else f"(K // {o.packed})"
+        base = f"{o.name} + tl.cast({start}, tl.int64) * {length}" + (f" + {first}" if split else "")
+        # Rows past the end read the last one again: what comes of them is not stored.
+        rows = outer if plan.exact(o.outer) else f"tl.minimum({outer}, {size} - 1 - {start})"
+        offsets = f"{rows}{_outer(o)} * {length} + tl.arange(0, {step}){_k(o)}"
+    # 64-bit addresses for all of a tile would cost twice the registers of offsets.
+    return [f"{o.name}_tile = {base}", f"{o.name}_offsets = {offsets}"]
+
+
+def _outer(o: Operand) -> str:
+    return "[:, None]" if o.outer == 0 else "[None, :]"
+
+
+def _k(o: Operand) -> str:
+    return "[None, :]" if o.outer == 0 else "[:, None]"
 
 
 def load(plan: Plan, o: Operand) -> str:
@@ -141,13 +151,13 @@ def load(plan: Plan, o: Operand) -> str:
     if not plan.exact(2):
         left, each = ("K", "BLOCK_K") if o.packed == 1 else (f"K // {o.packed}", f"(BLOCK_K // {o.packed})")
         span = f"tl.arange(0, {each})"
-        conditions.append(f"({span} < {left} - step * {each})[{'None, :' if o.outer == 0 else ':, None'}]")
+        conditions.append(f"({span} < {left} - step * {each}){_k(o)}")
     if not o.k_last and not plan.exact(o.outer):
-        index, size = (("rows", "M"), ("cols", "N"))[o.outer]
-        conditions.append(f"({index} < {size})[{':, None' if o.outer == 0 else 'None, :'}]")
+        size = ("M", "N")[o.outer]
+        conditions.append(f"(tl.arange(0, BLOCK_{size}) < {size} - {start}){_outer(o)}")
     zero = "0" if o.dtype in (torch.int8, torch.uint8) else "0.0"
     mask = f", mask={' & '.join(conditions)}, other={zero}" if conditions else ""
-    return f"tl.load({o.name}_tile{mask})"
+    return f"tl.load({o.name}_tile + {o.name}_offsets{mask})"
 
 
 def advance(plan: Plan, o: Operand) -> Lines:
@@ -156,7 +166,7 @@ def advance(plan: Plan, o: Operand) -> Lines:
         return []
     step = "BLOCK_K" if o.packed == 1 else f"BLOCK_K // {o.packed}"
     size = ("M", "N")[o.outer]
-    return [f"{o.name}_tile += {step}" if o.k_last else f"{o.name}_tile += BLOCK_K * {size}.to(tl.int64)"]
+    return [f"{o.name}_tile += {step}" if o.k_last else f"{o.name}_tile += BLOCK_K * {size}"]
 
 
 def group_scale(plan: Plan, o: Operand) -> tuple[str, str]:
@@ -301,9 +311,7 @@ def finish(plan: Plan) -> Lines:
 
 def tile_lines(plan: Plan) -> Lines:
     """What one program does for one tile."""
-    described = all(plan.described(o) for o in plan.operands)
-    before, after = ([], SPANS) if described else (SPANS, [])
-    return ["row, col = place(tile, M, N)", *before, *loop(plan), *after, *finish(plan)]
+    return ["row, col = place(tile, M, N)", *loop(plan), *SPANS, *finish(plan)]
 
 
 def gemm_names(plan: Plan) -> list[str]:

@@ -122,15 +122,17 @@ class Plan:
     @staticmethod
     def of(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Plan:
         """Raises KernelError for what is not written here: the caller falls back to the reference."""
-        dot = kernel.dot
         instruction = choose(kernel, target)
-        a, b = (
-            Operand(Side((), dot.left, True), _dtype(dot.left, kernel)),
-            Operand(Side((), dot.right, False), _dtype(dot.right, kernel)),
-        )
+        a, b = operands(kernel)
         plan = Plan(kernel, sizes, target, schedule, instruction, a, b)
         _check(plan)
         return plan
+
+
+def operands(kernel: GemmKernel) -> tuple[Operand, Operand]:
+    """Both sides of a product."""
+    left, right = kernel.dot.left, kernel.dot.right
+    return Operand(Side((), left, True), _dtype(left, kernel)), Operand(Side((), right, False), _dtype(right, kernel))
 
 
 def _dtype(operand: DotOperand, kernel: GemmKernel) -> torch.dtype:
@@ -177,5 +179,8 @@ def _check(plan: Plan) -> None:
             raise KernelError(f"{kernel}: codes of 4 bits must be packed along the contraction")
         if plan.group and o.group and o.group % step:
             raise KernelError(f"{kernel}: steps of {step} along the contraction do not fit scales of {o.group}")
+    least = 32 if plan.instruction in (Instruction.FP8, Instruction.INT8) else 16
+    if step < least:
+        raise KernelError(f"{kernel}: the instruction multiplies {least} codes at once, more than share a scale")
     if plan.group and plan.instruction is Instruction.INT8:
         raise KernelError(f"{kernel}: INT8 codes take scales that are constant along the contraction")
