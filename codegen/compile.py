@@ -87,11 +87,14 @@ class Compiled:
 def compile_entry(source: Source, entry: Entry, target: Target) -> Compiled:
     """Compiles one jit function of a generated module for `target`, whatever machine this is.
 
-    Raises KernelError for a target without Triton kernels, and in a process whose Triton interprets.
+    Raises KernelError for a target without Triton kernels, for what Triton cannot compile for it, and in a process whose Triton
+    interprets.
     """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import PTXASError
 
     if not target.name.startswith("sm_"):
         raise KernelError(f"there is no machine code for the target {target.name}: take one of {', '.join(SHARED_LIMIT)}")
@@ -106,7 +109,11 @@ def compile_entry(source: Source, entry: Entry, target: Target) -> Compiled:
         attrs={(index,): [["tt.divisibility", 16]] for index, each in enumerate(entry.arguments) if _divisible(each)},
     )
     options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": False}
-    compiled = triton.compile(described, target=GPUTarget("cuda", int(target.name[3:]), 32), options=options)
+    try:
+        compiled = triton.compile(described, target=GPUTarget("cuda", int(target.name[3:]), 32), options=options)
+    except (CompilationError, PTXASError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise KernelError(f"{source.kernel}: {entry.name} does not compile for {target.name}: {reason}") from error
     return Compiled(entry.name, target, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared, entry.warps)
 
 

@@ -290,26 +290,27 @@ def _generated(each: LayerKernel, target: Target, form: str | None) -> list[str]
     """Source, PTX or SASS of a kernel; why there is none in a comment."""
     try:
         source = _source(each, target)
+        if form is None:
+            return [source.text]
+        compiled = [compile_entry(source, entry, target) for entry in source.entries]
     except KernelError as error:
         return [f"# {each.kernel}: {error}"]
-    if form is None:
-        return [source.text]
-    compiled = [compile_entry(source, entry, target) for entry in source.entries]
     return [f"// {each.kernel}: {one.name}\n{one.ptx if form == 'ptx' else one.sass()}" for one in compiled]
 
 
 def _resources(found: Sequence[LayerKernel], target: Target) -> None:
     table = _table("serves", "kernel", "schedule", "function", "registers", "spills", "shared", "tensor cores", "TMA")
     for each in found:
-        served = " ".join(each.roles)
+        first = [Text(" ".join(each.roles)), Text(str(each.kernel))]
         try:
             source = _source(each, target)
+            compiled = [compile_entry(source, entry, target) for entry in source.entries]
         except KernelError as error:
-            table.add_row(served, Text(str(each.kernel)), Text(str(error)))
+            table.add_row(*first, Text(str(error)))
             continue
-        for index, entry in enumerate(source.entries):
-            first = (served, Text(str(each.kernel)), Text(str(source.schedule))) if index == 0 else ("", "", "")
-            table.add_row(*first, entry.name, *_cells(compile_entry(source, entry, target)))
+        for index, one in enumerate(compiled):
+            described = [*first, Text(str(source.schedule))] if index == 0 else [Text()] * 3
+            table.add_row(*described, one.name, *_cells(one))
     console = _console()
     console.print(table)
     limit = f"{target.name}: at most 255 registers a thread and {SHARED_LIMIT[target.name]} bytes of shared memory a program"

@@ -16,6 +16,8 @@ from lpcompile.codegen import launch
 from lpcompile.kernel import GemmKernel, Kernel
 from lpcompile.pipeline import Plan
 from lpcompile.recipe import Executor
+from lpcompile.recipes import find_recipe
+from lpcompile.target import find_target
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ def layer_kernels(
 
     shape: (M, N, K) of the forward GEMM. role: only those that this GEMM needs. Raises what the backend raises.
     """
+    # What is mistyped is known before anything is compiled, where the compiler would wrap the error.
+    find_recipe(recipe), find_target(target)
     m, n, k = shape
     found: list[LayerKernel] = []
 

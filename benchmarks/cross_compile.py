@@ -1,0 +1,173 @@
+"""Every kernel family, format and target, compiled without a device: registers, spills, shared memory, instructions.
+
+    python benchmarks/cross_compile.py --targets sm_90,sm_100 --families gemm
+
+One line a jit function, and what is wrong with it: spilled registers, shared memory that the target does not have, a
+tensor-core instruction other than the one it should have, tiles that do not come through tensor descriptors where they could.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lpcompile.codegen import emit
+from lpcompile.codegen.compile import SHARED_LIMIT, Compiled, Product, compile_entry
+from lpcompile.codegen.source import Sizes
+from lpcompile.errors import KernelError
+from lpcompile.kernel import GemmKernel, Kernel, parse
+from lpcompile.target import Target, find_target
+
+TARGETS = tuple(SHARED_LIMIT)
+INSTRUCTION = {"sm_80": "mma", "sm_89": "mma", "sm_90": "wgmma", "sm_100": "tcgen05", "sm_120": "mma"}
+TMA = ("sm_90", "sm_100", "sm_120")
+SIZES = (4096, 4096, 4096)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A product in one format. native: the operand kind of the instruction on each target that has one; elsewhere the
+    operands come as bf16 values."""
+
+    left: str
+    right: str
+    native: dict[str, str]
+
+    def text(self, target: str) -> str:
+        decoded = "" if target in self.native else "~"
+        return f"gemm {self.left}{decoded} @ {self.right}{decoded}' -> bf16"
+
+    def product(self, target: str) -> Product:
+        return Product(INSTRUCTION[target], self.native.get(target, "bf16"))
+
+
+_FP8 = dict.fromkeys(("sm_89", "sm_90", "sm_100", "sm_120"), "fp8")
+_INT8 = dict.fromkeys(TARGETS, "int8")
+_BLACKWELL = ("sm_100", "sm_120")
+GEMMS = {
+    "fp8 tensor": Gemm("e4m3:tensor|1", "e5m2:tensor|1", _FP8),
+    "fp8 row": Gemm("e4m3:row:up|1", "e4m3:row:up|1", _FP8),
+    "deepseek": Gemm("e4m3:1x128|1", "e4m3:128x128|1", _FP8),
+    "deepseek dW": Gemm("e4m3:1x128|1", "e4m3:1x128|1", _FP8),
+    "int8 row": Gemm("int8:row|1", "int8:row|1", _INT8),
+    "mxfp8": Gemm("e4m3:1x32:e8m0:up|1", "e4m3:1x32:e8m0:up|1", dict.fromkeys(_BLACKWELL, "mx8")),
+    "mxfp4": Gemm("e2m1:1x32:e8m0:up|1", "e2m1:1x32:e8m0:up|1", dict.fromkeys(_BLACKWELL, "mx4")),
+    "nvfp4": Gemm("e2m1:1x16:e4m3+f32|1", "e2m1:1x16:e4m3+f32|1", dict.fromkeys(_BLACKWELL, "nvfp4")),
+}
+CASTS = {
+    "fp8 tensor": "cast x0:bf16 = x0 as bf16 -> e5m2:tensor|1, e5m2:tensor|1'",
+    "fp8 row": "cast x0:bf16 = x0 as bf16 -> e4m3:row:up|1, e4m3:row:up|0'",
+    "deepseek": "cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1, e4m3:1x128|0'",
+    "deepseek W": "cast x0:bf16 = x0 as bf16 -> e4m3:128x128|1, e4m3:128x128|1'",
+    "swiglu": "cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> keep, e4m3:1x128|1",
+    "norm": "cast x0:bf16 x1:f32[r] x2:bf16[c] = mul(bf16(mul(x0, x1)), x2) as bf16 -> e4m3:1x32:e8m0:up|1",
+    "int8": "cast x0:bf16 = x0 as bf16 -> int8:row|1",
+    "int8 turned": "cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h256",
+    "mxfp8": "cast x0:bf16 = x0 as bf16 -> e4m3:1x32:e8m0:up|1, e4m3:1x32:e8m0:up|0'",
+    "mxfp8 decoded": "cast x0:bf16 = x0 as bf16 -> e4m3:1x32:e8m0:up|1~",
+    "mxfp4": "cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:up|1",
+    "quest": "cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:quest|1|1:h32",
+    "matched": "cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
+    "nvfp4": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32|1, e2m1:1x16:e4m3+f32|0|0:h16fixed'",
+    "nvfp4 sr": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32:sr|1, e2m1:1x16:e4m3+f32:sr|0|0:h16fixed'",
+    "nvfp4 W": "cast x0:bf16 = x0 as bf16 -> e2m1:16x16:e4m3+f32|1, e2m1:16x16:e4m3+f32|1'",
+    "4 or 6": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32:4over6|1",
+    "eden": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32:eden|1|1:h128drawn",
+}
+REQUANTS = {
+    "quartet": "requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
+    "quartet2": "requant e2m1:1x16:e4m3+f32:4over6|1 as bf16 -> e2m1:1x16:e4m3+f32:eden|0|0:h128drawn'",
+}
+DECODES = {"mxfp8": "decode e4m3:1x32:e8m0:up|1", "nvfp4": "decode e2m1:1x16:e4m3+f32|1", "int8": "decode int8:row|1"}
+FAMILIES = ("gemm", "cast", "requant", "decode")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One jit function of a kernel, or why there is none; and what is wrong."""
+
+    family: str
+    name: str
+    target: str
+    compiled: Compiled | None
+    faults: tuple[str, ...]
+
+
+def texts(family: str, target: str) -> dict[str, str]:
+    """The kernels of a family as the pipeline asks for them on a target, by name."""
+    if family == "gemm":
+        return {name: gemm.text(target) for name, gemm in GEMMS.items()}
+    return {"cast": CASTS, "requant": REQUANTS, "decode": DECODES}[family]
+
+
+def rows(family: str, name: str, target: str) -> list[Row]:
+    """Compiles a kernel with its default schedule and judges each of its functions."""
+    text = texts(family, target)[name]
+    try:
+        kernel, machine = parse(text), find_target(target)
+        source = emit(kernel, Sizes.of(*SIZES[: 3 if family == "gemm" else 2]), machine)
+        found = [compile_entry(source, entry, machine) for entry in source.entries]
+    except KernelError as error:
+        return [Row(family, name, target, None, (str(error),))]
+    return [Row(family, name, target, each, _faults(each, kernel, name, machine)) for each in found]
+
+
+def _faults(compiled: Compiled, kernel: Kernel, name: str, target: Target) -> tuple[str, ...]:
+    found = []
+    if compiled.spills:
+        found.append(f"{compiled.spills} bytes spilled")
+    if not compiled.fits:
+        found.append(f"{compiled.shared} bytes of shared memory, of {SHARED_LIMIT[target.name]}")
+    if isinstance(kernel, GemmKernel):
+        expected = GEMMS[name].product(target.name)
+        # A function that only adds parts up multiplies nothing.
+        if compiled.products != {expected} and compiled.name == "gemm":
+            found.append(f"multiplies with {', '.join(map(str, compiled.products)) or 'nothing'} in place of {expected}")
+        if target.name in TMA and not compiled.tma and compiled.name == "gemm":
+            found.append("no tensor descriptors")
+    elif any(product.kind != "bf16" for product in compiled.products):
+        # A rotation is a product with a small matrix, exact in bf16.
+        found.append(f"multiplies with {', '.join(map(str, compiled.products))}")
+    return tuple(found)
+
+
+def table(targets: Sequence[str], families: Sequence[str]) -> Iterator[Row]:
+    """All rows, as they come."""
+    for family in families:
+        for target in targets:
+            for name in texts(family, target):
+                yield from rows(family, name, target)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table; 1 where something is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--families", default=",".join(FAMILIES))
+    args = parser.parse_args(argv)
+    shown = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("family", "kernel", "target", "function", "registers", "spills", "shared", "tensor cores", "TMA", "wrong"):
+        shown.add_column(column, overflow="fold")
+    wrong = 0
+    for row in table(args.targets.split(","), args.families.split(",")):
+        wrong += bool(row.faults)
+        one = row.compiled
+        cells = ["", "", "", "", "", ""]
+        if one is not None:
+            products = ", ".join(sorted(map(str, one.products)))
+            cells = [one.name, str(one.registers), str(one.spills), str(one.shared), products, "yes" if one.tma else ""]
+        shown.add_row(row.family, row.name, row.target, *cells, Text("; ".join(row.faults)))
+    console = Console()
+    (console if console.is_terminal else Console(width=200)).print(shown)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

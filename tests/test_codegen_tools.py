@@ -1,0 +1,252 @@
+"""What surrounds generation: compilation without a device, examples and their comparison, choices on disk, `emit`, goldens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+import cross_compile
+import pytest
+import torch
+from handwritten import source
+
+from lpcompile.__main__ import main
+from lpcompile.codegen import emit, module, tune
+from lpcompile.codegen.compile import Product, _product, compile_entry
+from lpcompile.codegen.example import exact, example, mismatch
+from lpcompile.codegen.source import Schedule, Sizes
+from lpcompile.errors import KernelError
+from lpcompile.kernel import parse
+from lpcompile.layer import layer_kernels
+from lpcompile.target import find_target
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+# ---- compilation -------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_is_compiled_for_another_machine():
+    compiled = compile_entry(source(), source().entries[0], find_target("sm_100"))
+    assert ".target sm_100" in compiled.ptx
+    assert "EXIT" in compiled.sass()
+    assert compiled.spills == 0 and 8 <= compiled.registers <= 64
+    assert compiled.shared == 0 and compiled.fits
+    assert not compiled.tma and compiled.products == frozenset()
+
+
+def test_what_cannot_be_compiled_says_so():
+    with pytest.raises(KernelError, match="no machine code for the target cpu"):
+        compile_entry(source(), source().entries[0], find_target("cpu"))
+    broken = dataclasses.replace(source(), text=source().text.replace("loaded.to", "missing.to"))
+    with pytest.raises(KernelError, match=r"decode does not compile for sm_90.*missing is not defined"):
+        compile_entry(broken, broken.entries[0], find_target("sm_90"))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32", Product("mma", "fp8")),
+        ("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32", Product("mma", "bf16")),
+        ("mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32", Product("mma", "int8")),
+        (
+            "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::2X.f32.e2m1.e2m1.f32.ue8m0",
+            Product("mma", "mx4"),
+        ),
+        (
+            "mma.sync.aligned.m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X.f32.e2m1.e2m1.f32.ue4m3",
+            Product("mma", "nvfp4"),
+        ),
+        ("wgmma.mma_async.sync.aligned.m64n128k32.f32.e5m2.e4m3", Product("wgmma", "fp8")),
+        ("tcgen05.mma.cta_group::1.kind::f8f6f4", Product("tcgen05", "fp8")),
+        ("tcgen05.mma.cta_group::1.kind::mxf8f6f4.block_scale.block32", Product("tcgen05", "mx8")),
+        ("tcgen05.mma.cta_group::1.kind::mxf4.block_scale.block32", Product("tcgen05", "mx4")),
+        ("tcgen05.mma.cta_group::1.kind::mxf4nvf4.block_scale.block16", Product("tcgen05", "nvfp4")),
+    ],
+)
+def test_instructions_are_told_apart(name: str, expected: Product):
+    assert _product(name) == expected
+
+
+# ---- examples ----------------------------------------------------------------------------------------------------
+
+EXAMPLES = [
+    "cast x0:bf16 x1:f32[c] = mul(x0, x1) as bf16 -> keep, e4m3:1x128|1, e2m1:1x16:e4m3+f32:sr|0|0:h16fixed'",
+    "requant e2m1:1x32:e8m0:quest|1 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
+    "decode e2m1:1x16:e4m3+f32|0",
+    "decode int8:row|1",
+    "gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16 + bias",
+    "gemm e2m1:1x32:e8m0:quest|1~ @ e2m1:1x32:e8m0:quest|1~' -> bf16 * mask * 1:h32 then add(x0, x1) as f32 with x1:bf16",
+]
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_a_comparison_sees_zeros_and_permutations(text: str):
+    kernel = parse(text)
+    call = example(kernel, (96, 160, 128)[: 3 if text.startswith("gemm") else 2])
+    expected = call.reference()
+    assert mismatch(kernel, call.reference(), expected) is None
+    assert "tensors in place of" in str(mismatch(kernel, expected[1:], expected))
+    for wrong in (lambda x: x.new_zeros(x.shape), lambda x: x.flip(0), lambda x: x.reshape(1, *x.shape)):
+        assert mismatch(kernel, [wrong(expected[0]), *expected[1:]], expected) is not None
+
+
+def test_one_flipped_bit_shows_where_bits_are_defined():
+    kernel = parse("cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1")
+    call = example(kernel, (64, 128))
+    codes, scale = call.reference()
+    other = codes.clone()
+    other.view(torch.uint8)[63, 127] ^= 1
+    assert exact(kernel) and mismatch(kernel, [other, scale], [codes, scale]) is not None
+
+
+# ---- choices on disk ---------------------------------------------------------------------------------------------
+
+GEMM = "gemm e4m3:row|1 @ e4m3:row|1' -> bf16"
+FIRST, SECOND, THIRD = (Schedule((128, n, 128), 8, 3) for n in (64, 128, 256))
+
+
+@pytest.fixture
+def device(monkeypatch, tmp_path):
+    """A GPU on which the second schedule is fastest and the third does not fit."""
+    calls = []
+
+    def microseconds(run, _device):
+        schedule = run.func.schedule
+        calls.append(schedule)
+        if schedule == THIRD:
+            raise KernelError("out of shared memory")
+        return {FIRST: 20.0, SECOND: 10.0}[schedule]
+
+    class Generated:
+        def __init__(self, schedule):
+            self.launch = lambda *_: []
+            self.launch.schedule = schedule
+
+    monkeypatch.setenv("LPCOMPILE_CACHE", str(tmp_path))
+    monkeypatch.delenv("LPCOMPILE_AUTOTUNE", raising=False)
+    monkeypatch.setattr(tune, "schedules", lambda *_: (FIRST, SECOND, THIRD))
+    monkeypatch.setattr(tune, "emit", lambda _kernel, _sizes, _target, schedule: schedule)
+    monkeypatch.setattr(tune.module, "load", Generated)
+    monkeypatch.setattr(tune, "_measurable", lambda _: True)
+    monkeypatch.setattr(tune, "_microseconds", microseconds)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    return calls
+
+
+def choose(*sizes: int) -> Schedule:
+    kernel = parse(GEMM)
+    return tune.choose(kernel, sizes, find_target("sm_90"), example(kernel, (16, 16, 16)))
+
+
+def test_the_fastest_schedule_is_measured_once(device, monkeypatch):
+    assert choose(512, 512, 512) == SECOND
+    assert device == [FIRST, SECOND, THIRD]
+    assert choose(512, 512, 512) == SECOND and choose(480, 512, 512) == SECOND
+    assert len(device) == 6, "480 is no multiple of 256: a bucket of its own"
+    assert choose(480, 512, 512) == SECOND and len(device) == 6
+    found = tune.winner(GEMM, (480, 512, 512))
+    assert found is not None and found.schedule == str(SECOND) and found.times == {str(FIRST): 20.0, str(SECOND): 10.0}
+    monkeypatch.setenv("LPCOMPILE_AUTOTUNE", "0")
+    assert choose(512, 512, 512) == FIRST
+
+
+def test_a_kernel_without_a_schedule_is_an_error(device, monkeypatch):
+    monkeypatch.setattr(tune, "schedules", lambda *_: (THIRD, THIRD))
+    with pytest.raises(KernelError, match=r"no schedule runs on this device.*out of shared memory"):
+        choose(512, 512, 512)
+
+
+def test_a_damaged_record_is_measured_again(device, tmp_path):
+    choose(512, 512, 512)
+    (record,) = tmp_path.glob("schedule_*.json")
+    record.write_text("half a")
+    assert choose(512, 512, 512) == SECOND and len(device) == 6
+
+
+def test_self_tests_are_remembered_by_output(device, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        tune, "self_test", lambda kernel, *_: tried.append(str(kernel)) or ("bad" if "e5m2" in str(kernel) else None)
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def fault(outputs: str) -> str | None:
+        kernel = parse(f"cast x0:bf16 = x0 as bf16 -> {outputs}")
+        return tune.fault(kernel, (64, 64), find_target("sm_90"), FIRST, torch.device("cuda", 0))
+
+    assert fault("e4m3:row|1") is None and fault("e4m3:row|1") is None
+    assert len(tried) == 1
+    assert fault("e4m3:row|1, e4m3:row|0'") is None and len(tried) == 2
+    assert fault("e5m2:row|1") == "bad" and fault("e5m2:row|1") == "bad"
+    assert len(tried) == 3
+    monkeypatch.setenv("LPCOMPILE_SELFTEST", "0")
+    assert fault("e5m2:row|1") is None
+
+
+# ---- a layer's kernels -------------------------------------------------------------------------------------------
+
+
+def test_the_kernels_of_a_layer():
+    found = layer_kernels("fp8-rowwise", "sm_90", (512, 256, 128))
+    gemms = {each.roles: each.sizes for each in found if str(each.kernel).startswith("gemm")}
+    assert gemms == {("fprop",): (512, 256, 128), ("dgrad",): (512, 128, 256), ("wgrad",): (256, 128, 512)}
+    wgrad = layer_kernels("fp8-rowwise", "sm_90", (512, 256, 128), role="wgrad")
+    assert 0 < len(wgrad) < len(found) and all("wgrad" in each.roles for each in wgrad)
+    assert layer_kernels("none", "sm_90", (512, 256, 128)) == []
+
+
+def test_emit_prints_source_and_resources(capsys):
+    options = ["emit", "--recipe", "fp8-rowwise", "--target", "sm_90", "--shape", "512x256x256", "--role", "fprop"]
+    assert main(options) == 0
+    text = capsys.readouterr().out
+    assert text.count("@triton.jit") >= 3 and "used by linear fprop" in text and "target sm_90" in text
+    assert main([*options, "--resources"]) == 0
+    text = capsys.readouterr().out
+    assert "wgmma fp8" in text and "255 registers a thread and 232448 bytes" in text
+    assert main([*options, "--ptx"]) == 0
+    assert "wgmma.mma_async" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "cpu"], "kernels are generated for sm_80"),
+        (["--target", "sm_91"], "unknown target 'sm_91'"),
+        (["--shape", "12"], "write MxNxK"),
+        (["--shape", "axbxc"], "is not a shape"),
+        (["--recipe", "fp9"], "fp9"),
+    ],
+)
+def test_emit_says_what_was_mistyped(capsys, options: list[str], message: str):
+    assert main(["emit", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- goldens -----------------------------------------------------------------------------------------------------
+
+GOLDENS = [
+    ("gemm", "fp8 row", "sm_90"),
+    ("gemm", "deepseek", "sm_90"),
+    ("gemm", "nvfp4", "sm_100"),
+    ("gemm", "mxfp4", "sm_80"),
+    ("cast", "fp8 row", "sm_90"),
+    ("cast", "deepseek", "sm_90"),
+    ("cast", "swiglu", "sm_90"),
+    ("cast", "nvfp4 sr", "sm_100"),
+    ("cast", "quest", "sm_120"),
+    ("requant", "quartet", "sm_100"),
+    ("decode", "nvfp4", "sm_90"),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "target"), GOLDENS, ids=["-".join(each) for each in GOLDENS])
+def test_generated_text(family: str, name: str, target: str):
+    """The text changes on purpose only: LPCOMPILE_UPDATE_GOLDEN=1 pytest tests/test_codegen_tools.py writes it anew."""
+    sizes = Sizes.of(*cross_compile.SIZES[: 3 if family == "gemm" else 2])
+    text = emit(parse(cross_compile.texts(family, target)[name]), sizes, find_target(target)).text
+    path = GOLDEN / f"{family}-{name.replace(' ', '_')}-{target}.expected"
+    if os.environ.get("LPCOMPILE_UPDATE_GOLDEN") == "1":
+        path.parent.mkdir(exist_ok=True)
+        module.write_aside(path, text)
+    assert path.exists() and text == path.read_text(), f"{path.name} differs: LPCOMPILE_UPDATE_GOLDEN=1 writes it anew"
