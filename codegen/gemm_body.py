@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from lpcompile.codegen import gemm_after
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
 
 assert __name__ == "lpcompile.codegen.gemm_body", "import it as lpcompile.codegen, not as codegen"
 
-TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 Lines = list[str]
 
 PLACE = '''
@@ -286,52 +286,89 @@ def loop(plan: Plan) -> Lines:
 SPANS = ["rows = row + tl.arange(0, BLOCK_M)", "cols = col + tl.arange(0, BLOCK_N)"]
 
 
-def edge(plan: Plan, rows: str = "M", cols: str = "N") -> str:
+def edge(plan: Plan) -> str:
     """The mask argument of a store."""
+    rows, cols = plan.result_names
     found = [] if plan.exact(0) else [f"(rows < {rows})[:, None]"]
     found += [] if plan.exact(1) else [f"(cols < {cols})[None, :]"]
     return f", mask={' & '.join(found)}" if found else ""
 
 
-def store(plan: Plan, value: str) -> str:
+def store(plan: Plan) -> str:
     """Writes the tile."""
     if plan.stored:
-        return f"out.store([row, col], {value})"
-    return f"tl.store(out + rows[:, None].to(tl.int64) * N + cols[None, :], {value}{edge(plan)})"
+        return "out.store([row, col], result)"
+    return f"tl.store(out + rows[:, None].to(tl.int64) * {plan.result_names[1]} + cols[None, :], result{edge(plan)})"
 
 
 def finish(plan: Plan) -> Lines:
     """From the sum to the stored result."""
-    lines = []
-    if needs_scaling(plan):
-        lines.append(f"acc = scaled({', '.join(['acc', 'rows', 'cols', 'M', 'N', *scaled_arguments(plan)])})")
-    value = "acc" if plan.kernel.out == torch.float32 else f"acc.to({TRITON[plan.kernel.out]})"
-    return [*lines, store(plan, value)]
+    scaling = [f"acc = scaled({', '.join(['acc', 'rows', 'cols', 'M', 'N', *scaled_arguments(plan)])})"]
+    return [*(scaling if needs_scaling(plan) else []), *gemm_after.steps(plan), store(plan)]
 
 
-def tile_lines(plan: Plan) -> Lines:
-    """What one program does for one tile."""
-    return ["row, col = place(tile, M, N)", *loop(plan), *SPANS, *finish(plan)]
+def loop_arguments(plan: Plan) -> list[str]:
+    """Names of the tensors that the sum over K reads."""
+    scaled = plan.group or plan.instruction is Instruction.SCALED
+    scales = [f"{o.name}_scale" for o in plan.operands if scaled and o.group]
+    return [*(o.name for o in plan.operands), *scales]
 
 
-def gemm_names(plan: Plan) -> list[str]:
-    """The tensors that the kernel reads and writes, in order."""
-    names = []
-    for o in plan.operands:
-        names += [o.name, *(name for name in o.names[1:] if not name.endswith("_mask"))]
-    return [*names, *(["bias"] if plan.kernel.bias else []), "out"]
+def finish_arguments(plan: Plan) -> list[str]:
+    """What the kernel takes for everything after the sum: tensors, the result, sizes."""
+    sizes = ["M", "N", *(plan.result_names if plan.cropped else ())]
+    return [*scaled_arguments(plan), *gemm_after.arguments(plan), "out", *sizes]
+
+
+def gemm_arguments(plan: Plan) -> list[str]:
+    """The arguments of `gemm`, but for constants."""
+    if plan.schedule.split > 1:
+        return [*loop_arguments(plan), "parts", "M", "N", "K"]
+    return [*loop_arguments(plan), *finish_arguments(plan), "K"]
+
+
+def added_arguments(plan: Plan) -> list[str]:
+    """The arguments of `added`."""
+    return ["parts", *finish_arguments(plan)]
 
 
 def gemm(plan: Plan) -> Lines:
     """The kernel itself."""
-    arguments = [*gemm_names(plan), "M", "N", "K"]
-    if plan.schedule.persistent:
-        arguments.append("PROGRAMS: tl.constexpr")
-        tiles = "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)"
-        body = [
-            f"for tile in tl.range(tl.program_id(0), {tiles}, PROGRAMS, flatten=True):",
-            *indented(tile_lines(plan)),
+    arguments = gemm_arguments(plan)
+    tiles = "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)"
+    if plan.schedule.split > 1:
+        split = plan.schedule.split
+        tiles = f"{tiles} * {split}"
+        span = [
+            f"part = tile % {split}",
+            f"length = tl.cdiv(tl.cdiv(K, BLOCK_K), {split})",
+            "first, last = part * length, min(part * length + length, tl.cdiv(K, BLOCK_K))",
+            f"row, col = place(tile // {split}, M, N)",
         ]
+        inside = "" if plan.exact(0) and plan.exact(1) else ", mask=(rows < M)[:, None] & (cols < N)[None, :]"
+        end = [f"tl.store(parts + (tl.cast(part, tl.int64) * M + rows[:, None]) * N + cols[None, :], acc{inside})"]
+        lines = [*span, *loop(plan), *SPANS, *end]
     else:
-        body = ["tile = tl.program_id(0)", *tile_lines(plan)]
+        lines = ["row, col = place(tile, M, N)", *loop(plan), *SPANS, *finish(plan)]
+    if plan.schedule.persistent:
+        arguments = [*arguments, "PROGRAMS: tl.constexpr"]
+        body = [f"for tile in tl.range(tl.program_id(0), {tiles}, PROGRAMS, flatten=True):", *indented(lines)]
+    else:
+        body = ["tile = tl.program_id(0)", *lines]
     return ["", "@triton.jit", f"def gemm({', '.join(arguments)}):", *indented(body), ""]
+
+
+def added(plan: Plan) -> Lines:
+    """The kernel that adds the parts of a split contraction, always in the same order."""
+    inside = "" if plan.exact(0) and plan.exact(1) else ", mask=(rows < M)[:, None] & (cols < N)[None, :], other=0"
+    zero = "tl.int32" if plan.instruction is Instruction.INT8 else "tl.float32"
+    height, width = plan.added_tile
+    lines = [
+        f"rows = tl.program_id(0) * {height} + tl.arange(0, {height})",
+        f"cols = tl.program_id(1) * {width} + tl.arange(0, {width})",
+        f"acc = tl.zeros(({height}, {width}), {zero})",
+        f"for part in range({plan.schedule.split}):",
+        f"    acc += tl.load(parts + (tl.cast(part, tl.int64) * M + rows[:, None]) * N + cols[None, :]{inside})",
+        *finish(plan),
+    ]
+    return ["", "@triton.jit", f"def added({', '.join(added_arguments(plan))}):", *indented(lines), ""]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from lpcompile.codegen.source import Schedule, Sizes
@@ -12,7 +13,7 @@ from lpcompile.errors import KernelError
 from lpcompile.formats import E2M1, E4M3, E5M2, E8M0, Quant
 from lpcompile.kernel import GemmKernel
 from lpcompile.product import Side
-from lpcompile.recipe import DotOperand
+from lpcompile.recipe import DotOperand, Rotation
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.gemm_plan", "import it as lpcompile.codegen, not as codegen"
@@ -105,6 +106,28 @@ class Plan:
             return 0
         return min((o.group for o in self.operands if o.group), default=0)
 
+    @property
+    def cropped(self) -> bool:
+        """True where the product may be larger than the result: rotations padded its axes to whole blocks."""
+        return any(turn is not None and not self.sizes.divides(turn.block, axis) for axis, turn in enumerate(self.kernel.undo))
+
+    @property
+    def result_names(self) -> tuple[str, str]:
+        """What the kernel calls the sizes of the result; those of the product are M and N."""
+        return ("R", "C") if self.cropped else ("M", "N")
+
+    @property
+    def added_tile(self) -> tuple[int, int]:
+        """The tile in which the parts of a split contraction are added: whole blocks of what is turned back."""
+        least = [0 if turn is None else turn.block for turn in self.kernel.undo]
+        return min(self.tile[0], max(16, least[0])), min(self.tile[1], max(128, least[1]))
+
+    def size(self, axis: int) -> Sizes:
+        """An axis of the product itself, as the only size."""
+        turn = self.kernel.undo[axis] if axis < 2 else None
+        value = self.sizes.values[axis]
+        return Sizes((value if turn is None else sympy.ceiling(value / turn.block) * turn.block,))
+
     def exact(self, axis: int) -> bool:
         """True where tiles provably divide the axis, so that nothing of it needs a mask."""
         return self.sizes.divides(self.tile[axis], axis)
@@ -112,7 +135,7 @@ class Plan:
     def described(self, operand: Operand) -> bool:
         """True where the operand comes through a tensor descriptor: its rows must be multiples of 16 bytes."""
         axis = 2 if operand.k_last else operand.outer
-        return self.schedule.tma and self.sizes.divides(16 * operand.packed // operand.dtype.itemsize, axis)
+        return self.schedule.tma and self.size(axis).divides(16 * operand.packed // operand.dtype.itemsize, 0)
 
     @property
     def stored(self) -> bool:
@@ -170,10 +193,20 @@ def _scaled(quant: Quant) -> bool:
     return quant.elem in (E4M3, E5M2, E2M1) and bool(group) and quant.block.cols == group and quant.block.rows > 0
 
 
+def turns_in_tile(turn: Rotation) -> bool:
+    """True where a rotation is a product of each tile with one small matrix."""
+    return turn.block <= 256 and turn.block & (turn.block - 1) == 0
+
+
 def _check(plan: Plan) -> None:
     kernel, step = plan.kernel, plan.tile[2]
     if any(size & (size - 1) for size in plan.tile):
         raise KernelError(f"{kernel}: tiles are powers of two, not {plan.schedule}")
+    for size, turn in zip(plan.tile, plan.kernel.undo, strict=False):
+        if turn is not None and not turns_in_tile(turn):
+            raise KernelError(f"{kernel}: a rotation of {turn.block} is not undone in a kernel")
+        if turn is not None and turn.block > size:
+            raise KernelError(f"{kernel}: a tile of {size} has no whole block of {turn.block} to turn back")
     for o in plan.operands:
         if o.packed > 1 and not o.k_last:
             raise KernelError(f"{kernel}: codes of 4 bits must be packed along the contraction")

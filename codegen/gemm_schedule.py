@@ -69,7 +69,7 @@ def _candidates(kernel: GemmKernel, sizes: Sizes, target: Target) -> Iterator[tu
         stages = min((SHARED[target.name] * 1024 - out) // bytes_ + held, 5 if group else 4)
         if stages < 2:
             continue
-        split = _split(sizes, m, n, step, target) if not group else 1
+        split = _split(sizes, m, n, step, target)
         time = _rounds(sizes, m, n, split, target) * m * n / split / share * (1.0 if stages > 2 else 1.2)
         yield time, Schedule((m, n, step), warps, stages, 16 if group else 8, split, tma, tma)
 
