@@ -195,7 +195,7 @@ def _scaled(quant: Quant) -> bool:
 
 def turns_in_tile(turn: Rotation) -> bool:
     """True where a rotation is a product of each tile with one small matrix."""
-    return turn.block <= 256 and turn.block & (turn.block - 1) == 0
+    return turn.block <= 128 and turn.block & (turn.block - 1) == 0
 
 
 def _check(plan: Plan) -> None:

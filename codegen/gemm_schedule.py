@@ -7,8 +7,9 @@ L2 for each product. What a tile can reach is from measurements on an H200 (docs
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
-from lpcompile.codegen.gemm_plan import Instruction, choose, operands
+from lpcompile.codegen.gemm_plan import Instruction, Plan, choose, operands, turns_in_tile
 from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
 from lpcompile.errors import KernelError
 from lpcompile.kernel import GemmKernel
@@ -54,24 +55,49 @@ def _candidates(kernel: GemmKernel, sizes: Sizes, target: Target) -> Iterator[tu
     step = contraction_step(kernel, instruction, sizes, 64 if target.name in ("sm_80", "sm_89") else 128)
     group = min((o.group for o in (a, b) if o.group), default=0) if instruction is not Instruction.SCALED else 0
     for (m, n, warps), share in (_BIG if target.name in ("sm_90", "sm_100") else _SMALL).items():
-        # Partial sums that are scaled apart take as many registers again; 8 warps have 255 a thread.
-        if m * n * (2 if group else 1) > 32 * warps * 128 or not _turns(kernel, m, n):
-            continue
-        # Addresses and fragments of 8-bit operands leave less room.
-        if not tma and max(a.dtype.itemsize, b.dtype.itemsize) == 1 and m * n > 32 * warps * 64:
-            continue
-        if instruction is Instruction.SCALED and (m < 128 or (target.name == "sm_120" and m * n > 32 * warps * 64)):
-            continue
-        out = m * n * kernel.result.itemsize if tma else 0
-        bytes_ = step * sum(size * o.dtype.itemsize // o.packed for size, o in ((m, a), (n, b)))
-        # Where tiles pass through registers (mma.sync), one stage of them is there and not in shared memory.
-        held = target.name not in ("sm_90", "sm_100")
-        stages = min((SHARED[target.name] * 1024 - out) // bytes_ + held, 5 if group else 4)
-        if stages < 2:
-            continue
         split = _split(sizes, m, n, step, target)
+        plan = Plan(
+            kernel, sizes, target, Schedule((m, n, step), warps, 2, 16 if group else 8, split, tma, tma), instruction, a, b
+        )
+        stages = _stages(plan, 5 if group else 4)
+        if stages < 2 or m * n > 32 * warps * _sums(plan) or not _turns(kernel, m, n):
+            continue
+        if instruction is Instruction.SCALED and m < 128:
+            continue
         time = _rounds(sizes, m, n, split, target) * m * n / split / share * (1.0 if stages > 2 else 1.2)
-        yield time, Schedule((m, n, step), warps, stages, 16 if group else 8, split, tma, tma)
+        yield time, replace(plan.schedule, stages=stages)
+
+
+def _sums(plan: Plan) -> int:
+    """Sums of one thread that leave room for all else that it holds (found by compiling)."""
+    kernel, target = plan.kernel, plan.target.name
+    narrow = max(o.dtype.itemsize for o in plan.operands) == 1
+    followed = kernel.mask or kernel.then is not None or kernel.undo != (None, None)
+    if narrow and not sizes_of_sixteen(plan):
+        return 32
+    # Partial sums that are scaled apart take as many registers again.
+    crowded = plan.group or (followed and plan.schedule.split == 1) or (narrow and not all(map(plan.described, plan.operands)))
+    return 64 if crowded or (plan.instruction is Instruction.SCALED and target == "sm_120") else 128
+
+
+def sizes_of_sixteen(plan: Plan) -> bool:
+    """True where rows of codes are multiples of 16 bytes; else each byte is loaded by itself."""
+    return all(plan.size(2 if o.k_last else o.outer).divides(16 * o.packed, 0) for o in plan.operands)
+
+
+def _stages(plan: Plan, most: int) -> int:
+    """Stages that fit the shared memory, beside the result on its way out and what turning it back takes."""
+    kernel, target = plan.kernel, plan.target.name
+    m, n, step = plan.tile
+    after = 0
+    if plan.schedule.split == 1:
+        after = m * n * kernel.result.itemsize if plan.schedule.tma else 0
+        after += m * n * 4 if kernel.undo != (None, None) else 0
+        after += m * n * 2 if kernel.then is not None and kernel.then.inputs else 0
+    one = step * sum(size * o.dtype.itemsize // o.packed for size, o in zip((m, n), plan.operands, strict=True))
+    # Where tiles pass through registers (mma.sync), one stage of them is there and not in shared memory.
+    held = target not in ("sm_90", "sm_100")
+    return min((SHARED[target] * 1024 - after) // one + held, 3 if kernel.result.itemsize == 4 else most)
 
 
 def contraction_step(kernel: GemmKernel, instruction: Instruction, sizes: Sizes, width: int) -> int:
@@ -86,8 +112,12 @@ def contraction_step(kernel: GemmKernel, instruction: Instruction, sizes: Sizes,
 
 
 def _turns(kernel: GemmKernel, m: int, n: int) -> bool:
-    """True where each rotation that is undone inside a tile fits it."""
-    return all(turn is None or turn.block > 256 or turn.block <= size for turn, size in zip(kernel.undo, (m, n), strict=True))
+    """True where each rotation that is undone inside a tile fits it, and both products fit the tensor memory."""
+    if kernel.undo != (None, None) and max(m, n) > 128:
+        return False
+    return all(
+        turn is None or not turns_in_tile(turn) or turn.block <= size for turn, size in zip(kernel.undo, (m, n), strict=True)
+    )
 
 
 def _tiles(sizes: Sizes, m: int, n: int) -> int:
@@ -109,7 +139,7 @@ def _interpreted(kernel: GemmKernel, sizes: Sizes, target: Target) -> Schedule:
     """One tile, as large as is useful: in Triton's interpreter each operation costs the same whatever its size."""
     step = contraction_step(kernel, choose(kernel, target), sizes, 128)
     m, n = (
-        max(32, min(128, next_power_of_two(sizes.hint(axis))), turn.block if turn is not None and turn.block <= 256 else 0)
+        max(32, min(128, next_power_of_two(sizes.hint(axis))), turn.block if turn is not None and turns_in_tile(turn) else 0)
         for axis, turn in enumerate(kernel.undo)
     )
     return Schedule((m, n, step), 4, 2)
