@@ -84,8 +84,9 @@ class Compiled:
         return _tool("nvdisasm", "-c", cubin=self.cubin)
 
 
-def compile_entry(source: Source, entry: Entry, target: Target) -> Compiled:
-    """Compiles one jit function of a generated module for `target`, whatever machine this is.
+def compile_entry(source: Source, entry: Entry, target: Target, contract: bool = False) -> Compiled:
+    """Compiles one jit function of a generated module for `target`, whatever machine this is. contract: a multiplication and an
+    addition may become one rounding; launches never allow it.
 
     Raises KernelError for a target without Triton kernels, for what Triton cannot compile for it, and in a process whose Triton
     interprets.
@@ -102,19 +103,41 @@ def compile_entry(source: Source, entry: Entry, target: Target) -> Compiled:
         raise KernelError("Triton interprets in this process (TRITON_INTERPRET=1) and compiles nothing")
     fn = getattr(module.load(source), entry.name)
     constants = {each.name: each.value for each in entry.arguments if each.type == "constexpr"}
-    described = ASTSource(
+    described = (_gluon_source if entry.gluon else ASTSource)(
         fn=fn,
-        signature={each.name: each.type for each in entry.arguments},
+        signature={each.name: _layout(each.type) if entry.gluon else each.type for each in entry.arguments},
         constexprs=constants,
         attrs={(index,): [["tt.divisibility", 16]] for index, each in enumerate(entry.arguments) if _divisible(each)},
     )
-    options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": contract}
     try:
         compiled = triton.compile(described, target=GPUTarget("cuda", int(target.name[3:]), 32), options=options)
     except (CompilationError, PTXASError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise KernelError(f"{source.kernel}: {entry.name} does not compile for {target.name}: {reason}") from error
     return Compiled(entry.name, target, compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared, entry.warps)
+
+
+def _gluon_source(**described: Any) -> Any:
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource(**described)
+
+
+def _layout(kind: str) -> str:
+    """A descriptor's type with its layout in shared memory spelled out: `swizzled` is Gluon's default for its box."""
+    from triton.experimental.gluon import language as gl
+
+    match = re.fullmatch(r"tensordesc<(\w+)\[(\d+), (\d+)\],(\w+)>", kind)
+    if not match:
+        return kind
+    bits = int(re.findall(r"\d+", match[1])[0])
+    if match[4] == "swizzled":
+        element = {8: gl.int8, 16: gl.int16, 32: gl.int32}[bits]
+        layout = gl.NVMMASharedLayout.get_default_for([int(match[2]), int(match[3])], element)
+    else:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
+    return f"{kind.rpartition(',')[0]},{layout!r}>"
 
 
 def _divisible(argument: Argument) -> bool:

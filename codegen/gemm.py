@@ -12,9 +12,11 @@ import torch
 
 from lpcompile.codegen import gemm_after as after
 from lpcompile.codegen import gemm_body as body
-from lpcompile.codegen.gemm_launch import launch, main, tile_of
+from lpcompile.codegen.gemm_launch import launch, tile_of
+from lpcompile.codegen.gemm_main import main_lines
 from lpcompile.codegen.gemm_plan import Instruction, Plan
 from lpcompile.codegen.gemm_schedule import PROCESSORS, gemm_schedules
+from lpcompile.codegen.hopper import emit_hopper
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.kernel import GemmKernel
 from lpcompile.target import Target
@@ -25,6 +27,8 @@ __all__ = ["emit_gemm", "gemm_schedules"]
 
 def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
     """The module for a product. Raises KernelError for one that is not written here."""
+    if schedule.specialized:
+        return emit_hopper(kernel, sizes, target, schedule)
     plan = Plan.of(kernel, sizes, target, schedule)
     text = "\n".join(
         [
@@ -42,7 +46,7 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
             "",
             *launch(plan),
             "",
-            *main(plan),
+            *main_lines(plan),
         ]
     )
     return Source(kernel, sizes, target, schedule, text + "\n", _entries(plan))

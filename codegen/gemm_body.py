@@ -32,6 +32,17 @@ def e8m0(byte):
     return tl.where(byte == 255, float("nan"), value)
 '''
 
+LAUNCH_HEAD = [
+    "def launch(inputs, sizes=(), seed=None, uses=(), spins=()):",
+    '    """`lowprec::fused` for this kernel."""',
+]
+READY = [
+    "def ready(x):",
+    '    """The tensor itself where it is contiguous and aligned, as kernels take it."""',
+    "    return x if x.is_contiguous() and x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)",
+    "",
+]
+
 
 def indented(lines: Sequence[str], by: int = 1) -> Lines:
     """The lines, `by` levels deeper."""

@@ -24,12 +24,12 @@ from torch import Tensor
 from lpcompile import fused, ops
 from lpcompile.codegen import emit, module, tune
 from lpcompile.codegen.example import Example
-from lpcompile.codegen.source import Sizes
+from lpcompile.codegen.source import Sizes, Source
 from lpcompile.errors import KernelError
 from lpcompile.kernel import DTYPES, CastKernel, DecodeKernel, GemmKernel, Kernel, Output, RequantKernel
 from lpcompile.product import Product
 from lpcompile.recipe import folds
-from lpcompile.target import find_target
+from lpcompile.target import Target, find_target
 
 assert __name__ == "lpcompile.codegen.launch", "import it as lpcompile.codegen.launch, not as codegen.launch"
 
@@ -119,18 +119,23 @@ def _chosen(kernel: Kernel, call: Example) -> Launch:
     device = call.inputs[0].device
     target = find_target("interpret" if device.type == "cpu" else "auto", device)
     sizes = kernel_sizes(kernel, call.inputs, call.sizes)
-    schedule = tune.choose(kernel, sizes, target, call)
-    if wrong := tune.fault(kernel, sizes, target, schedule, device):
-        raise KernelError(f"its self-test on {target.name} failed ({wrong})")
-    seen = _SHAPES.setdefault(str(kernel), set())
-    seen.add(sizes)
-    launch: Launch = module.load(
-        emit(kernel, _symbols(sizes) if len(seen) > _MANY else Sizes.of(*sizes), target, schedule)
-    ).launch
+    launch: Launch = module.load(trusted(kernel, sizes, target, device, lambda: call)).launch
     if device.type == "cuda":
         # Compiles it, so that a schedule that does not fit shows here.
         launch(call.inputs, call.sizes, call.seed, call.uses, call.spins)
     return launch
+
+
+def trusted(
+    kernel: Kernel, sizes: tuple[int, ...], target: Target, device: torch.device, call: Callable[[], Example]
+) -> Source:
+    """The module to run a kernel with, its schedule measured on `call()`. Raises KernelError where the self-test failed."""
+    schedule = tune.choose(kernel, sizes, target, device, call)
+    if wrong := tune.fault(kernel, sizes, target, schedule, device):
+        raise KernelError(f"its self-test on {target.name} failed ({wrong})")
+    seen = _SHAPES.setdefault(str(kernel), set())
+    seen.add(sizes)
+    return emit(kernel, _symbols(sizes) if len(seen) > _MANY else Sizes.of(*sizes), target, schedule)
 
 
 def _dense(launch: Launch, inputs: Sequence[Tensor]) -> Launch:

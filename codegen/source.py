@@ -59,6 +59,7 @@ class Schedule:
 
     group: tiles of M that a Gemm's programs share in the L2. split: parts of the contraction that are summed apart.
     tma: tiles come and go through tensor descriptors. persistent: one program a multiprocessor walks over tiles.
+    specialized: one warp brings tiles while others multiply (Gluon); `warps` counts all.
     """
 
     tile: tuple[int, ...]
@@ -68,12 +69,18 @@ class Schedule:
     split: int = 1
     tma: bool = False
     persistent: bool = False
+    specialized: bool = False
 
     def __str__(self) -> str:
         text = f"{'x'.join(map(str, self.tile))}, {self.warps} warps, {self.stages} stages"
         text += f", groups of {self.group}" if len(self.tile) == 3 else ""
         text += f", split {self.split}" if self.split > 1 else ""
-        return text + (", tma" if self.tma else "") + (", persistent" if self.persistent else "")
+        return (
+            text
+            + (", tma" if self.tma else "")
+            + (", persistent" if self.persistent else "")
+            + (", specialized" if self.specialized else "")
+        )
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Entry:
     arguments: tuple[Argument, ...]
     warps: int = 4
     stages: int = 2
+    gluon: bool = False
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lpcompile.codegen import emit, module, schedules
 from lpcompile.codegen.example import Example, example, mismatch
@@ -55,21 +54,23 @@ def winner(kernel: Kernel | str, sizes: Sequence[int]) -> Choice | None:
 # ---- schedules ---------------------------------------------------------------------------------------------------
 
 
-def choose(kernel: Kernel, sizes: tuple[int, ...], target: Target, call: Example) -> Schedule:
-    """The schedule to run with: from the disk, or measured on the tensors of `call`, or the model's first.
+def choose(
+    kernel: Kernel, sizes: tuple[int, ...], target: Target, device: torch.device, call: Callable[[], Example]
+) -> Schedule:
+    """The schedule to run with: from the disk, or measured on the tensors of `call()`, or the model's first.
 
     Raises KernelError where no candidate runs.
     """
     found = schedules(kernel, Sizes.of(*sizes), target)
     chosen = found[0]
     times: dict[str, float] = {}
-    if len(found) > 1 and os.environ.get("LPCOMPILE_AUTOTUNE") != "0" and _measurable(call.inputs[0]):
-        path = _record("schedule", str(kernel), _bucket(sizes), call.inputs[0].device)
+    if len(found) > 1 and os.environ.get("LPCOMPILE_AUTOTUNE") != "0" and _measurable(device):
+        path = _record("schedule", str(kernel), _bucket(sizes), device)
         stored = _read(path)
         named = {str(each): each for each in found}
         if stored is None or stored["schedule"] not in named:
             try:
-                stored = _measured(kernel, sizes, target, call, found[:_CANDIDATES])
+                stored = _measured(kernel, sizes, target, call(), found[:_CANDIDATES])
                 module.write_aside(path, json.dumps({"kernel": str(kernel), "sizes": sizes, **stored}, indent=1))
             except torch.OutOfMemoryError:
                 # A full device is no reason to stop: the next process may measure.
@@ -122,8 +123,8 @@ def failures() -> tuple[type[BaseException], ...]:
     return KernelError, CompilationError, OutOfResources, PTXASError
 
 
-def _measurable(x: Tensor) -> bool:
-    return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+def _measurable(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
 
 
 def _bucket(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -137,7 +138,7 @@ def _bucket(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def fault(kernel: Kernel, sizes: tuple[int, ...], target: Target, schedule: Schedule, device: torch.device) -> str | None:
     """What is wrong with a kernel's result on a small problem, or None. Each family, format and rounding is tried once a
     device and version; a kernel all of whose outputs were tried in others is not tried again."""
-    if os.environ.get("LPCOMPILE_SELFTEST") == "0" or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if os.environ.get("LPCOMPILE_SELFTEST") == "0" or not _measurable(device):
         return None
     found = None
     for name in _tried(kernel):
