@@ -59,7 +59,14 @@ def exact(given: Sequence[Tensor], kernel: GemmKernel, m: int, n: int) -> Tensor
 
 def wide(side, k: int, outer: int) -> Tensor:
     """FP64 values of an operand with all its scales."""
-    values = side.decoded(k, outer, scaled=not side.deferred and side.quant is not None and not side.operand.decoded).double()
+    decoded = side.operand.decoded
+    values = side.decoded(k, outer, scaled=not side.deferred and side.quant is not None and not decoded).double()
+    if decoded and side.grouped:
+        scale = side.k_scale().double()
+        for dim, size in ((-2, values.shape[-2]), (-1, values.shape[-1])):
+            block = side.k_block() if (dim == -1) == side.left else side.outer_block()
+            scale = scale.repeat_interleave(block, dim).narrow(dim, 0, size)
+        values = values * scale
     factor = side.factor(outer)
     return values if factor is None else values * factor.double()
 
