@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -131,6 +132,8 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "measurable", lambda _: True)
     monkeypatch.setattr(tune, "_microseconds", microseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return calls
 
 
