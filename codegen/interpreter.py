@@ -52,5 +52,11 @@ def mend() -> None:
 
         return plain_dot(self, wide(a), wide(b), d, *options)
 
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # FP64 holds the product exactly; the interpreter's own rounds it.
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+    builder.create_fma = fma
     interpreter._convert_float = convert
     builder.create_dot = dot
