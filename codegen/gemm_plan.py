@@ -219,7 +219,7 @@ def _check(plan: Plan) -> None:
     kernel, step = plan.kernel, plan.tile[2]
     if any(size & (size - 1) for size in plan.tile):
         raise KernelError(f"{kernel}: tiles are powers of two, not {plan.schedule}")
-    for size, turn in zip(plan.tile, plan.kernel.undo, strict=False):
+    for size, turn in zip(plan.tile[:2], plan.kernel.undo, strict=True):
         if turn is not None and not plan.in_memory and turn.block > size:
             raise KernelError(f"{kernel}: a tile of {size} has no whole block of {turn.block} to turn back")
     for o in plan.operands:
