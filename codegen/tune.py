@@ -17,6 +17,7 @@ import os
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,13 +90,26 @@ def settle(kernel: Kernel, sizes: tuple[int, ...], schedule: Schedule) -> None:
 def _measured(
     kernel: Kernel, sizes: tuple[int, ...], target: Target, call: Example, candidates: Sequence[Schedule]
 ) -> dict[str, Any]:
-    times: dict[str, float] = {}
-    errors: list[str] = []
-    for schedule in candidates:
-        try:
+    device = call.inputs[0].device
+
+    def prepared(schedule: Schedule) -> Callable[[], Any]:
+        """The launch, compiled."""
+        # A thread of its own starts on the first device.
+        with torch.cuda.device(device):
             launch = module.load(emit(kernel, Sizes.of(*sizes), target, schedule)).launch
             run = functools.partial(launch, call.inputs, call.sizes, call.seed, call.uses, call.spins)
-            times[str(schedule)] = _microseconds(run, call.inputs[0].device)
+            run()
+        return run
+
+    # The compiler leaves Python alone most of the time.
+    with ThreadPoolExecutor(min(len(candidates), os.cpu_count() or 1)) as pool:
+        compiled = [pool.submit(prepared, schedule) for schedule in candidates]
+    torch.cuda.synchronize(device)
+    times: dict[str, float] = {}
+    errors: list[str] = []
+    for schedule, future in zip(candidates, compiled, strict=True):
+        try:
+            times[str(schedule)] = _microseconds(future.result(), device)
         except failures() as error:
             errors.append(f"{schedule}: {error}")
     if not times:
@@ -108,7 +122,6 @@ def _microseconds(run: Callable[[], Any], device: torch.device) -> float:
     # Writing this much also keeps the device busy while the host prepares the launch, whose cost is not the kernel's.
     size = max(2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0), 256 << 20)
     flush = torch.empty(size, dtype=torch.int8, device=device)
-    run()
     times: list[float] = []
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

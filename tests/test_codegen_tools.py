@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -131,6 +133,8 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "measurable", lambda _: True)
     monkeypatch.setattr(tune, "_microseconds", microseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return calls
 
 
@@ -241,11 +245,20 @@ GOLDENS = [
 ]
 
 
+def unused(text: str) -> list[str]:
+    """Functions that a module defines and nothing calls."""
+    tree = ast.parse(text)
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {"launch", "main"}
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name not in read]
+
+
 @pytest.mark.parametrize(("family", "name", "target"), GOLDENS, ids=["-".join(each) for each in GOLDENS])
 def test_generated_text(family: str, name: str, target: str):
     """The text changes on purpose only: LPCOMPILE_UPDATE_GOLDEN=1 pytest tests/test_codegen_tools.py writes it anew."""
     sizes = Sizes.of(*cross_compile.SIZES[: 3 if family == "gemm" else 2])
     text = emit(parse(cross_compile.texts(family, target)[name]), sizes, find_target(target)).text
+    assert unused(text) == []
+    assert unused(text + "\n\ndef left_over():\n    pass\n") == ["left_over"]
     path = GOLDEN / f"{family}-{name.replace(' ', '_')}-{target}.expected"
     if os.environ.get("LPCOMPILE_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)
