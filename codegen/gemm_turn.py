@@ -2,7 +2,7 @@
 
     product [M, N] --turn_0_0--> FP32 --turn_0_1--> [R, N] --turn_1_0--> FP32 --turn_1_1--> [R, C] --finished--> out
 
-The factors are those of `hadamard`: a base matrix of order K, then Sylvester's in orders of at most 128. FP32 between the
+The factors are those of `hadamard`: a base matrix of order K, then Sylvester's in orders of at most 64. FP32 between the
 factors of an axis, rounded after each axis; the scale, the signs and the crop come with an axis' last factor.
 """
 
@@ -22,7 +22,7 @@ from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.gemm_turn", "import it as lpcompile.codegen, not as codegen"
 
-_LARGEST = 128  # order of a Sylvester matrix that one dot takes
+_LARGEST = 64  # order of a Sylvester matrix that one dot takes
 _VALUES = 4096  # that one program turns
 Lines = list[str]
 
@@ -63,6 +63,7 @@ class Factor:
 
     @property
     def warps(self) -> int:
+        """Warps of one program."""
         return 8 if self.padded >= 128 else 4
 
     @property
@@ -258,9 +259,8 @@ def calls(plan: Plan) -> Lines:
             f"spin{factor.axis}": f"spins[{factor.axis}]",
         }
         passed = [given.get(name, name) for name in factor.arguments]
-        lines.append(
-            f"{factor.name}[(triton.cdiv(lines, {factor.count}),)]({', '.join(passed)}, num_warps={factor.warps}, enable_fp_fusion=False)"
-        )
+        grid = f"(triton.cdiv(lines, {factor.count}),)"
+        lines.append(f"{factor.name}[{grid}]({', '.join(passed)}, num_warps={factor.warps}, enable_fp_fusion=False)")
         source = target
         height = "R" if factor.axis == 0 and factor.last else height
     if plan.kernel.then is None:
