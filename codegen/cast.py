@@ -2,26 +2,30 @@
 
 A Cast is one or two jit functions: where a scale spans an axis, `amax_kernel` reads the input once and raises the peaks that
 tiles share; `cast_kernel` then reads it (again) and writes every output. A transposed output is that of the transposed tile,
-which is turned right after the load, while its elements are small.
+which is turned right after the load, while its elements are small. Outputs whose rotation is too large for a tile are made
+of a turned matrix, which kernels of their own write first (`in_memory`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments, pointer
 from lpcompile.codegen.function import Function
-from lpcompile.codegen.origin import Origin, emit_origin
-from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header
+from lpcompile.codegen.group import Group
+from lpcompile.codegen.in_memory import BASE_MATRIX, Turner
+from lpcompile.codegen.origin import Origin, emit_origin, emit_plain
+from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header, next_power_of_two
 from lpcompile.codegen.tiling import cast_schedules
-from lpcompile.codegen.turn import emit_turn
-from lpcompile.codegen.views import Blocks, View, origin, stored
-from lpcompile.codegen.write import POINTERS_TO, emit_write
+from lpcompile.codegen.turn import fits
+from lpcompile.codegen.views import View, stored
+from lpcompile.codegen.write import POINTERS_TO
 from lpcompile.errors import KernelError
-from lpcompile.kernel import CastKernel, DecodeKernel, RequantKernel
+from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
+from lpcompile.recipe import Cast, Signs
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.cast", "import it as lpcompile.codegen, not as codegen"
@@ -40,18 +44,32 @@ def emit_cast(kernel: Tiled, sizes: Sizes, target: Target, schedule: Schedule) -
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """Amax that tiles share: of blocks that span an axis of a view's matrix. offset: in the buffer of all peaks."""
+class _Tensor:
+    """A tensor that the launcher makes. dtype: as kernels see it; final: as it is returned; zeros: it starts as zeros."""
 
-    view: View
-    tile_name: str
-    block: tuple[int, int]
-    count: str
-    offset: str
+    name: str
+    dtype: torch.dtype
+    final: torch.dtype
+    shape: tuple[Extent, Extent]
+    zeros: bool = False
 
     @property
-    def pointer(self) -> str:
-        return f"peaks + {self.offset}" if self.offset else "peaks"
+    def line(self) -> str:
+        make = "zeros" if self.zeros else "empty"
+        rows, cols = self.shape
+        return f"{self.name} = torch.{make}(({rows.host}, {cols.host}), dtype={self.dtype}, device=device)"
+
+    @property
+    def returned(self) -> str:
+        return self.name if self.dtype == self.final else f"{self.name}.view({self.final})"
+
+
+@dataclass(frozen=True)
+class _Launch:
+    function: Function
+    grid: str
+    warps: int
+    stages: int
 
 
 class _Emitter:
@@ -64,195 +82,117 @@ class _Emitter:
         small = None not in known and 2 * (known[0] or 0) * (known[1] or 0) < 1 << 31
         self.fragments = Fragments(target, wide=not small)
         self.tile = schedule.tile[0], schedule.tile[1]
-        outputs = () if isinstance(kernel, DecodeKernel) else kernel.outputs
-        self.views = [View.of(index, output, self.tile, self.extents) for index, output in enumerate(outputs)]
-        self.peaks: dict[int, Peaks] = {}
-        self.distinct: list[Peaks] = []
-        self._find_peaks()
-        self.origin: Origin = emit_origin(kernel, self.tile, self.extents, self.fragments)
-        self.turns: dict[int, tuple[str, list[str]]] = {}
-        for view in self.views:
-            if view.rotations != (None, None):
-                self.turns[view.index] = emit_turn(view, self._dtype(), self.fragments)
-        self.writes = [emit_write(view, self.fragments) for view in self.views]
-        self._kernels: list[Function] = []
+        self.dtype = torch.bfloat16 if isinstance(kernel, DecodeKernel) else kernel.dtype
+        self.keeps = isinstance(kernel, CastKernel) and kernel.keep
+        self.views: list[View] = []
+        self.groups: list[Group] = []
+        self.turners: list[Turner] = []
+        self._make_groups(() if isinstance(kernel, DecodeKernel) else kernel.outputs)
+        self.views.sort(key=lambda view: view.index)
+        self.launches = self._launches()
 
-    def _dtype(self) -> torch.dtype:
-        return torch.bfloat16 if isinstance(self.kernel, DecodeKernel) else self.kernel.dtype
-
-    def _find_peaks(self) -> None:
-        found: dict[object, Peaks] = {}
-        offsets: list[str] = []
-        for view in self.views:
-            if view.peak_block is None:
+    def _make_groups(self, outputs: tuple[Output, ...]) -> None:
+        direct: list[View] = []
+        turned: dict[object, list[tuple[int, Output]]] = {}
+        for index, output in enumerate(outputs):
+            rotations = output.cast.rotations
+            if all(map(fits, rotations)):
+                direct.append(View.of(index, output, self.tile, self.extents))
                 continue
-            # Peaks of the tile as it was read are the same for transposed outputs, read the other way around.
-            mirrored = view.output.transposed and view.rotations == (None, None)
-            block = view.peak_block[::-1] if mirrored else view.peak_block
-            name = "x" if mirrored else view.tile_name
-            key = name, block
-            if key not in found:
-                extents = view.extents[::-1] if mirrored else view.extents
-                counts = [extent.blocks(length) for extent, length in zip(extents, block, strict=True)]
-                count = " * ".join(_host(each) for each in counts if each.known != 1) or "1"
-                found[key] = Peaks(view, name, (block[0], block[1]), count, " + ".join(offsets))
-                offsets.append(count)
-            self.peaks[view.index] = found[key]
-        self.distinct = list(found.values())
+            # Signs that are drawn may differ from output to output.
+            drawn = any(each is not None and each.signs is Signs.DRAWN for each in rotations)
+            turned.setdefault((rotations, index if drawn else None), []).append((index, output))
+        written = "values" if isinstance(self.kernel, DecodeKernel) else "kept" if self.keeps else ""
+        self.origin = emit_origin(self.kernel, self.tile, self.extents, self.fragments)
+        if direct or written:
+            self._add(self.origin, self.extents, direct, "", written)
+        for members in turned.values():
+            self._make_turned(members)
 
-    # ---- kernels -------------------------------------------------------------------------------------------------
+    def _make_turned(self, members: list[tuple[int, Output]]) -> None:
+        first, output = members[0]
+        turner = Turner(output.cast, first, self.dtype, self.fragments, self.size_arguments)
+
+        def load(name: str, tile: tuple[int, int], extents: tuple[Extent, Extent]) -> Origin:
+            return emit_origin(self.kernel, tile, extents, self.fragments, name)
+
+        turner.emit(load, self.extents)
+        self.turners.append(turner)
+        plain = emit_plain(turner.result, self.dtype, self.tile, turner.extents, self.fragments, f"load_{turner.result}")
+        views = [
+            View.of(index, replace(each, cast=Cast(each.cast.quant, each.cast.axis)), self.tile, turner.extents)
+            for index, each in members
+        ]
+        self._add(plain, turner.extents, views, f"_{first}", "")
+
+    def _add(self, source: Origin, extents: tuple[Extent, Extent], views: list[View], suffix: str, written: str) -> None:
+        self.views += views
+        self.groups.append(Group(source, extents, self.tile, views, self.fragments, self.size_arguments, suffix, written))
+
+    def _launches(self) -> list[_Launch]:
+        found = [_Launch(each.function, each.grid, each.warps, 1) for turner in self.turners for each in turner.passes]
+        for group in self.groups:
+            tiles = [extent.blocks(size).host for extent, size in zip(group.extents, self.tile, strict=True)]
+            found += [_Launch(kernel, " * ".join(tiles), self.schedule.warps, self.schedule.stages) for kernel in group.kernels]
+        return found
+
+    # ---- text ----------------------------------------------------------------------------------------------------
 
     def emit(self) -> tuple[str, tuple[Entry, ...]]:
-        kernels = self._kernels = [*([self._amax_kernel()] if self.distinct else []), self._cast_kernel()]
-        helpers = [self.origin.function, *self.writes]
-        for each in helpers:
-            each.take(*self.size_arguments)
-        functions = [
-            self.origin.function.text,
-            *(text for text, _ in self.turns.values()),
-            *(each.text for each in self.writes),
-            *(each.text for each in kernels),
-        ]
         constants = [f"{each.text} = tl.constexpr({each.known})" for each in self.extents if each.known is not None]
+        bases = any(turner.bases for turner in self.turners)
+        imports = "import torch\nimport triton\nimport triton.language as tl\n"
+        if bases:
+            imports = f"import functools\n\n{imports}\nfrom lpcompile.hadamard import rotation_matrix\n"
         top = [
-            "import torch\nimport triton\nimport triton.language as tl\n",
+            header(self.kernel, self.sizes, self.target, self.schedule),
+            imports,
             "\n".join([f"KERNEL = {str(self.kernel)!r}", *constants]),
         ]
-        text = "\n".join([header(self.kernel, self.sizes, self.target, self.schedule), *top])
-        parts = [text, self.fragments.text(), *functions, self._launch(), self._main()]
-        schedule = self.schedule
+        passes = [
+            text
+            for turner in self.turners
+            for text in (*(f.text for f in turner.functions), *(each.function.text for each in turner.passes))
+        ]
+        groups = [text for group in self.groups for text in group.texts]
+        parts = ["\n".join(top), self.fragments.text(), *passes, *groups]
+        parts += [*([BASE_MATRIX] if bases else []), self._launch(), self._main()]
         entries = tuple(
-            Entry(each.name, tuple(map(self._argument, each.arguments)), schedule.warps, schedule.stages) for each in kernels
+            Entry(each.function.name, tuple(map(self._argument, each.function.arguments)), each.warps, each.stages)
+            for each in self.launches
         )
         return "\n\n\n".join(parts), entries
 
-    def _start(self, name: str, doc: str) -> Function:
-        """A kernel up to the tile as it was read."""
-        function = Function(name, doc)
-        across = self.extents[1].blocks(self.tile[1]).text
-        function.take(*(each.name for each in self.origin.tensors))
-        function.add(
-            "program = tl.program_id(0)",
-            f"row0 = program // {across} * {self.tile[0]}",
-            f"col0 = program % {across} * {self.tile[1]}",
-        )
-        tensors = [each.name for each in self.origin.tensors if each.name in self.origin.function.arguments]
-        function.add(f"x = load_x({', '.join(['row0', 'col0', *tensors, *self.size_arguments])})")
-        return function
-
-    def _tile_of(self, view: View, name: str, function: Function, made: set[str]) -> None:
-        """Adds what makes the tile called `name`, once."""
-        if name in made or name == "x":
-            return
-        made.add(name)
-        if view.output.transposed and "xt" not in made | {name}:
-            self._tile_of(view, "xt", function, made)
-        if name == "xt":
-            function.add("xt = tl.trans(x)")
-            return
-        arguments = [function.take(self._passed(each, view)) for each in self.turns[view.index][1]]
-        source = "xt" if view.output.transposed else "x"
-        function.add(f"{name} = turn_{view.index}({', '.join([source, *arguments])})")
-
-    def _amax_kernel(self) -> Function:
-        function = self._start("amax_kernel", "Raises the peaks (bits of amax, 0 before) that tiles share.")
-        function.take("peaks")
-        made: set[str] = set()
-        for peaks in self.distinct:
-            view = peaks.view
-            self._tile_of(view, peaks.tile_name, function, made)
-            mirrored = view.output.transposed and peaks.tile_name == "x"
-            tile = view.tile[::-1] if mirrored else view.tile
-            extents = view.extents[::-1] if mirrored else view.extents
-            blocks = Blocks.of(tile, peaks.block)
-            bits = blocks.apart(f"{self.fragments.magnitude_bits()}({peaks.tile_name})")
-            value = blocks.as_matrix(blocks.reduced(bits))
-            rows, cols = (
-                length != 0 and not extent.divides(size)
-                for length, extent, size in zip(peaks.block, extents, tile, strict=True)
-            )
-            row, col = origin(peaks.block)
-            if view.output.transposed and not mirrored:
-                row, col = (each.replace("row0", "_").replace("col0", "row0").replace("_", "col0") for each in (row, col))
-            sizes = [extent.blocks(length).text for extent, length in zip(extents, peaks.block, strict=True)]
-            raise_to = self.fragments.raise_to(rows, cols)
-            function.add(f"{raise_to}({peaks.pointer}, {value}, {row}, {col}, {', '.join(sizes if rows else sizes[1:])})")
-        function.take(*self.size_arguments)
-        return function
-
-    def _cast_kernel(self) -> Function:
-        decode = isinstance(self.kernel, DecodeKernel)
-        name, doc = ("decode_kernel", "Writes a tile.") if decode else ("cast_kernel", "Reads a tile and writes each output's.")
-        function = self._start(name, doc)
-        if self.distinct:
-            function.take("peaks")
-        if decode or self._keeps:
-            target = function.take("values" if decode else "kept")
-            rows, cols = (not extent.divides(size) for extent, size in zip(self.extents, self.tile, strict=True))
-            sizes = ", ".join(each.text for each in (self.extents if rows else self.extents[1:]))
-            function.add(f"{self.fragments.store(rows, cols)}({target}, x, row0, col0, {sizes})")
-        made: set[str] = set()
-        for view, write in zip(self.views, self.writes, strict=True):
-            self._tile_of(view, view.tile_name, function, made)
-            place = "col0, row0" if view.output.transposed else "row0, col0"
-            passed = [self._passed(each, view) for each in write.arguments]
-            function.take(*(each.partition(" ")[0] for each in passed))
-            function.add(f"{write.name}({', '.join([view.tile_name, place, *passed, *self.size_arguments])})")
-        function.take(*self.size_arguments)
-        return function
-
     @property
-    def _keeps(self) -> bool:
-        return isinstance(self.kernel, CastKernel) and self.kernel.keep
-
-    def _passed(self, name: str, view: View) -> str:
-        """How a kernel calls what a function of a view takes."""
-        if name == "peaks":
-            return self.peaks[view.index].pointer
-        return name if name == "seed" else f"{name}_{view.index}"
-
-    # ---- host ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _written(self) -> list[tuple[str, torch.dtype, torch.dtype, tuple[Extent, Extent], bool]]:
-        """(name, dtype as it is written, dtype as it is returned, sizes, whether it starts as zeros) of each result."""
-        found: list[tuple[str, torch.dtype, torch.dtype, tuple[Extent, Extent], bool]] = []
-        if isinstance(self.kernel, DecodeKernel) or self._keeps:
-            name = "kept" if self._keeps else "values"
-            found.append((name, self._dtype(), self._dtype(), self.extents, False))
+    def _results(self) -> list[_Tensor]:
+        found = []
+        if isinstance(self.kernel, DecodeKernel) or self.keeps:
+            found.append(_Tensor("kept" if self.keeps else "values", self.dtype, self.dtype, self.extents))
         for view in self.views:
             for part in view.output.parts:
-                dtype, shape, zeros = self._part(part, view)
+                dtype, shape, zeros = _part(part, view)
                 native = self.fragments.native(view.quant.elem) if part == "codes" else self.fragments.converts_fp8
-                found.append((f"{POINTERS_TO[part]}_{view.index}", stored(dtype, native), dtype, shape, zeros))
+                found.append(_Tensor(f"{POINTERS_TO[part]}_{view.index}", stored(dtype, native), dtype, shape, zeros))
         return found
 
-    def _part(self, part: str, view: View) -> tuple[torch.dtype, tuple[Extent, Extent], bool]:
-        rows, cols = view.extents
-        if part == "codes":
-            return view.quant.storage, (rows, cols.blocks(2) if view.quant.packed else cols), False
-        if part == "values":
-            return torch.bfloat16, (rows, cols), False
-        if part == "mask":
-            return torch.uint8, (rows, cols.blocks(8)), False
-        if part == "outer":
-            return torch.float32, (Extent.number(1), Extent.number(1)), False
-        rows, cols = view.scale_extents
-        if not view.output.tiled:
-            return view.quant.scale_storage, (rows, cols), False
-        # Tiles of scales are padded with 0.
-        padded = not (rows.divides(128) and cols.divides(4))
-        return view.quant.scale_storage, (rows.padded(128), cols.padded(4)), padded
+    @property
+    def _between(self) -> list[_Tensor]:
+        """What lies between kernels."""
+        return [_Tensor(name, dtype, dtype, shape) for turner in self.turners for name, dtype, shape in turner.scratch]
 
     def _argument(self, name: str) -> Argument:
         for tensor in self.origin.tensors:
             if name == tensor.name:
                 return Argument(name, pointer(tensor.seen))
-        for written, dtype, _, _, _ in self._written:
-            if name == written:
-                return Argument(name, pointer(dtype))
-        if name in ("peaks", "seed"):
-            return Argument(name, {"peaks": "*i32", "seed": "*i64"}[name])
+        for made in (*self._results, *self._between):
+            if name == made.name:
+                return Argument(name, pointer(made.dtype))
+        if name == "seed":
+            return Argument(name, "*i64")
+        if name.startswith("peaks"):
+            return Argument(name, "*i32")
+        if name.startswith("base_"):
+            return Argument(name, "*bf16")
         for extent in self.extents:
             if name == extent.text:
                 return Argument(name, "i32", 4096, extent.divides(16))
@@ -266,62 +206,53 @@ class _Emitter:
         first = self.origin.tensors[0].name
         lines.append(f"device = {first}.device")
         if self.size_arguments:
-            rows, cols = self.extents
+            taken = ", ".join(each.text if each.known is None else "_" for each in self.extents)
             shape = f"{first}.shape" if isinstance(self.kernel, CastKernel) else f"{first}.shape[0], sizes[0]"
-            lines.append(f"{rows.text if rows.known is None else '_'}, {cols.text if cols.known is None else '_'} = {shape}")
-        results = []
-        for name, dtype, final, (rows, cols), zeros in self._written:
-            make = "zeros" if zeros else "empty"
-            lines.append(f"{name} = torch.{make}(({_host(rows)}, {_host(cols)}), dtype={dtype}, device=device)")
-            results.append(name if dtype == final else f"{name}.view({final})")
+            lines.append(f"{taken} = {shape}")
+        lines += [each.line for each in (*self._results, *self._between)]
+        for group in self.groups:
+            if group.distinct:
+                lines.append(f"{group.peaks_name} = torch.zeros({group.peaks_count}, dtype=torch.int32, device=device)")
         lines += self._scalars()
-        lines.append(f"grid = ({' * '.join(_host(e.blocks(t)) for e, t in zip(self.extents, self.tile, strict=True))},)")
-        lines.append(
-            f"options = dict(num_warps={self.schedule.warps}, num_stages={self.schedule.stages}, enable_fp_fusion=False)"
-        )
-        if self.distinct:
-            count = " + ".join(each.count for each in self.distinct)
-            lines.append(f"peaks = torch.zeros({count}, dtype=torch.int32, device=device)")
-        for kernel in self._kernels:
-            lines.append(f"{kernel.name}[grid]({', '.join(kernel.arguments)}, **options)")
-        lines.append(f"return [{', '.join(results)}]")
+        for each in self.launches:
+            options = f"num_warps={each.warps}, num_stages={each.stages}, enable_fp_fusion=False"
+            lines.append(f"{each.function.name}[({each.grid},)](")
+            lines.append(f"    {', '.join(each.function.arguments)},")
+            lines += [f"    {options},", ")"]
+        lines.append(f"return [{', '.join(each.returned for each in self._results)}]")
         body = "\n".join(f"    {line}" for line in lines)
         return f'''def launch(inputs, sizes=(), seed=None, uses=(), spins=()):
     """The tensors that KERNEL writes, in its order. Takes matrices that are not empty."""
 {body}'''
 
     def _scalars(self) -> list[str]:
-        """Lines that unpack the numbers of random streams."""
+        """Lines that unpack the numbers of random streams and find matrices."""
+        taken = {argument for each in self.launches for argument in each.function.arguments}
         lines = []
         for view in self.views:
-            taken = {argument for kernel in self._kernels for argument in kernel.arguments}
-            if f"use_{view.index}" in taken:
-                lines.append(f"use_{view.index} = uses[{view.index}]")
-            for axis in (0, 1):
-                name = f"spin_{axis}_{view.index}"
-                if name in taken:
-                    lines.append(f"{name} = spins[{2 * view.index + axis}]")
+            known = [(f"use_{view.index}", f"uses[{view.index}]")]
+            known += [(f"spin_{axis}_{view.index}", f"spins[{2 * view.index + axis}]") for axis in (0, 1)]
+            lines += [f"{name} = {value}" for name, value in known if name in taken]
+        for order in sorted({order for turner in self.turners for order in turner.bases}):
+            lines.append(f"base_{order} = base_matrix({order}, {max(next_power_of_two(order), 16)}, device)")
         return lines
 
     def _main(self) -> str:
-        sizes = dict(zip(("ROWS", "COLS"), (256, 512), strict=True))
         lines = ['device = "cuda" if torch.cuda.is_available() else "cpu"']
-        inputs = []
         for tensor in self.origin.tensors:
-            shape = tuple(each.known or eval(each.text, {}, dict(sizes)) for each in tensor.shape)  # noqa: S307
+            shape = tuple(_example(each) for each in tensor.shape)
             draw = f"torch.randn({shape}, device=device).to({tensor.dtype})"
-            if tensor.dtype in (torch.uint8, torch.int8, torch.int16):
+            if not tensor.dtype.is_floating_point:
                 draw = f"torch.randint(1, 100, {shape}, dtype={tensor.dtype}, device=device)"
             lines.append(f"{tensor.name} = {draw}")
-            inputs.append(tensor.name)
         count = len(self.views)
-        rest = [] if isinstance(self.kernel, CastKernel) else [f"[{self.extents[1].known or 512}]"]
-        random = any(view.output.cast.random for view in self.views)
-        if random:
-            rest = rest or ["()"]
-            rest += ["torch.ones(1, dtype=torch.int64, device=device)", f"[0] * {count}", f"[0] * {2 * count}"]
-        lines.append(f"for part in launch([{', '.join(inputs)}]{''.join(f', {each}' for each in rest)}):")
-        lines.append("    print(tuple(part.shape), part.dtype)")
+        given = [f"[{', '.join(each.name for each in self.origin.tensors)}]"]
+        if not isinstance(self.kernel, CastKernel):
+            given.append(f"sizes=[{_example(self.extents[1])}]")
+        if not isinstance(self.kernel, DecodeKernel) and any(cast.random for cast in self.kernel.casts):
+            lines.append("seed = torch.ones(1, dtype=torch.int64, device=device)")
+            given += ["seed=seed", f"uses={list(range(count))}", f"spins={list(range(2 * count))}"]
+        lines += [f"for part in launch({', '.join(given)}):", "    print(tuple(part.shape), part.dtype)"]
         body = "\n".join(f"    {line}" for line in lines)
         return f'''def main():
     """Runs the kernel on example inputs and prints what it writes."""
@@ -333,6 +264,24 @@ if __name__ == "__main__":
 '''
 
 
-def _host(extent: Extent) -> str:
-    """A size as launchers write it: the constants of kernels are no numbers to them."""
-    return str(extent.known) if extent.known is not None else extent.text
+def _part(part: str, view: View) -> tuple[torch.dtype, tuple[Extent, Extent], bool]:
+    """(dtype, sizes, whether it starts as zeros) of a part of an output."""
+    rows, cols = view.extents
+    if part == "codes":
+        return view.quant.storage, (rows, cols.blocks(2) if view.quant.packed else cols), False
+    if part == "values":
+        return torch.bfloat16, (rows, cols), False
+    if part == "mask":
+        return torch.uint8, (rows, cols.blocks(8)), False
+    if part == "outer":
+        return torch.float32, (Extent.number(1), Extent.number(1)), False
+    rows, cols = view.scale_extents
+    if not view.output.tiled:
+        return view.quant.scale_storage, (rows, cols), False
+    # Tiles of scales are padded with 0.
+    return view.quant.scale_storage, (rows.padded(128), cols.padded(4)), not (rows.divides(128) and cols.divides(4))
+
+
+def _example(extent: Extent) -> int:
+    """A size to show a kernel at."""
+    return extent.known or int(eval(extent.text, {}, {"ROWS": 256, "COLS": 512}))  # noqa: S307

@@ -28,9 +28,18 @@ class Extent:
     def number(value: int) -> Extent:
         return Extent(str(value), value, sympy.Integer(value))
 
+    @property
+    def host(self) -> str:
+        """How launchers write it: the constants of kernels are no numbers to them."""
+        return str(self.known) if self.known is not None else self.text
+
     def divides(self, block: int) -> bool:
         """True where `block` provably divides the size."""
         return bool(sympy.Mod(self.divisors, block) == 0)
+
+    def overrun(self, yes: bool) -> Extent:
+        """The same size, where tiles may reach beyond it although they divide it."""
+        return Extent(self.text, self.known, sympy.Symbol("size", integer=True)) if yes else self
 
     def padded(self, block: int) -> Extent:
         """Rounded up to whole blocks."""

@@ -188,12 +188,34 @@ def to_bf16(x):
         return f"{name}({value})"
 
     def divide(self) -> str:
+        """A function (x, scale) -> x / scale, correctly rounded; scale broadcasts to x."""
+        if self.interpreted:
+            return self.add(
+                "divide",
+                '''
+def divide(x, scale):
+    """x / scale, correctly rounded."""
+    return tl.div_rn(x, scale)
+''',
+            )
+        self.inverse_power_of_two()
+        # A true division costs a dozen instructions an element, this five: a scale serves many.
         return self.add(
             "divide",
             '''
 def divide(x, scale):
-    """x / scale, correctly rounded: Triton's own division of FP32 is not."""
-    return tl.div_rn(x, scale)
+    """x / scale, correctly rounded: the quotient by the reciprocal, mended by its exact remainder (Markstein 1990)."""
+    # Between 1 and 2 neither the reciprocal nor a remainder overflows or vanishes.
+    unit = tl.maximum(scale.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
+    per_unit = inverse_power_of_two(unit)
+    scale = scale * per_unit
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    near = x * per_unit
+    quotient = near * reciprocal
+    quotient = tl.fma(tl.fma(-scale, quotient, near), reciprocal, quotient)
+    # The remainder of -0 is +0: its sign comes back.
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (quotient.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 ''',
         )
 

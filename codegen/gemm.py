@@ -12,6 +12,7 @@ import torch
 
 from lpcompile.codegen import gemm_after as after
 from lpcompile.codegen import gemm_body as body
+from lpcompile.codegen import gemm_turn
 from lpcompile.codegen.gemm_launch import launch, tile_of
 from lpcompile.codegen.gemm_main import main_lines
 from lpcompile.codegen.gemm_plan import Instruction, Plan
@@ -55,6 +56,7 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
 def _imports(plan: Plan) -> list[str]:
     described = plan.stored or any(plan.described(o) for o in plan.operands)
     return [
+        *(["import functools", ""] if plan.in_memory and any(f.base for f in gemm_turn.factors(plan)) else []),
         "import torch",
         "import triton",
         "import triton.language as tl",
@@ -76,7 +78,7 @@ def _fragments(plan: Plan) -> list[str]:
         lines += [*body.E8M0.splitlines(), ""]
     if body.needs_scaling(plan):
         lines += [*body.scaled(plan), ""]
-    return lines + after.fragments(plan)
+    return [*lines, *after.fragments(plan), *(gemm_turn.functions(plan) if plan.in_memory else [])]
 
 
 # ---- what is compiled --------------------------------------------------------------------------------------------
@@ -89,7 +91,7 @@ def _entries(plan: Plan) -> tuple[Entry, ...]:
     entries = [Entry("gemm", tuple(arguments), plan.schedule.warps, plan.schedule.stages)]
     if plan.schedule.split > 1:
         entries.append(Entry("added", tuple(_argument(plan, name) for name in body.added_arguments(plan)), 4, 2))
-    return tuple(entries)
+    return (*entries, *(gemm_turn.entries(plan) if plan.in_memory else []))
 
 
 def _argument(plan: Plan, name: str) -> Argument:
@@ -107,7 +109,7 @@ def _argument(plan: Plan, name: str) -> Argument:
             assert o.side.quant is not None
             return Argument(name, POINTERS[o.side.quant.scale_storage])
     if name == "out":
-        pointer = POINTERS[plan.kernel.result]
+        pointer = POINTERS[plan.written]
         return Argument(name, described_type(pointer, plan.tile[:2]) if plan.stored else pointer)
     return Argument(name, POINTERS[_dtype(plan, name)])
 

@@ -26,7 +26,7 @@ def fragments(plan: Plan) -> Lines:
     turns = [turn for turn in kernel.undo if turn is not None]
     if turns:
         lines += [*_HADAMARD.strip("\n").splitlines(), "", ""]
-        lines += _turned(plan)
+        lines += [] if plan.in_memory else _turned(plan)
     if any(turn.signs is not Signs.NONE and (turn.signs, turn.block) != (Signs.FIXED, 16) for turn in turns):
         lines += [*_SIGNS.strip("\n").splitlines(), "", ""]
     if any((turn.signs, turn.block) == (Signs.FIXED, 16) for turn in turns):
@@ -42,6 +42,8 @@ def arguments(plan: Plan) -> list[str]:
     """Further tensors and numbers that the steps read, in the order of the kernel's arguments."""
     kernel = plan.kernel
     names = ["mask"] if kernel.mask else []
+    if plan.in_memory:
+        return names
     drawn = [axis for axis, turn in enumerate(kernel.undo) if turn is not None and turn.signs is Signs.DRAWN]
     names += ["seed"] if drawn else []
     names += [f"x{index}" for index, _ in enumerate(kernel.then.inputs, 1)] if kernel.then is not None else []
@@ -54,12 +56,14 @@ def steps(plan: Plan) -> Lines:
     lines = ["result = acc" if kernel.out == torch.float32 else f"result = acc.to({TRITON[kernel.out]})"]
     if kernel.mask:
         lines.append("result = masked(result, rows, cols, M, N, mask)")
+    if plan.in_memory:
+        return lines
     for axis, turn in enumerate(kernel.undo):
         if turn is not None:
             turned = f"turned_back(result.T, {turn.block}).T" if axis == 0 else f"turned_back(result, {turn.block})"
             if turn.signs is not Signs.NONE:
                 index, spread = (("rows", "[:, None]"), ("cols", "[None, :]"))[axis]
-                turned += f" * {_signs(turn, axis, f'{index} % {turn.block}')}{spread}"
+                turned += f" * {signs(turn, axis, f'{index} % {turn.block}')}{spread}"
             lines.append(f"result = ({turned}).to(result.dtype)")
     if kernel.then is not None:
         extra = [f"x{index}" for index, _ in enumerate(kernel.then.inputs, 1)]
@@ -121,7 +125,7 @@ def stream_key(seed, stream):
 # NVIDIA's fixed sign vector for blocks of 16 (TransformerEngine): bit i set where the sign is negative.
 _NVIDIA = '''
 @triton.jit
-def fixed_signs(index):
+def fixedsigns(index):
     """-1 where the bit of the fixed vector is set, else +1."""
     return 1.0 - 2.0 * ((0xD7E8 >> index) & 1).to(tl.float32)
 '''
@@ -144,11 +148,12 @@ def _turned(plan: Plan) -> Lines:
     ]
 
 
-def _signs(turn: Rotation, axis: int, index: str) -> str:
+def signs(turn: Rotation, axis: int, index: str) -> str:
+    """The signs of a rotation along `axis` for an index in its block, as text."""
     if turn.signs is Signs.DRAWN:
         # Even streams round, odd ones turn.
         return f"signs(stream_key(seed, 2 * spin{axis} + 1), {index})"
-    return f"fixed_signs({index})" if turn.block == 16 else f"signs({_fixed_key():#x}, {index})"
+    return f"fixedsigns({index})" if turn.block == 16 else f"signs({_fixed_key():#x}, {index})"
 
 
 def _fixed_key() -> int:
@@ -185,7 +190,7 @@ _CALLS = {
 
 def _followed(plan: Plan, then: Then) -> Lines:
     lines = ["x0 = result.to(tl.float32)"]
-    height, width = plan.result_names
+    height, width = ("R", "C") if plan.in_memory else plan.result_names
     for index, each in enumerate(then.inputs, 1):
         lines.append(f"x{index} = {_load(plan, each, f'x{index}', height, width)}.to(tl.float32)")
     names: dict[Expr, str] = {}
@@ -214,7 +219,8 @@ def _followed(plan: Plan, then: Then) -> Lines:
 def _load(plan: Plan, each: Input, name: str, height: str, width: str) -> str:
     """The load of an extra input's tile."""
     row, col = f"(rows < {height})[:, None]", f"(cols < {width})[None, :]"
-    inside = ([] if plan.exact(0) or each.vector == "c" else [row]) + ([] if plan.exact(1) or each.vector == "r" else [col])
+    inside = [] if each.vector == "c" or (plan.exact(0) and not plan.in_memory) else [row]
+    inside += [] if each.vector == "r" or (plan.exact(1) and not plan.in_memory) else [col]
     mask = f", mask={' & '.join(inside)}, other=0.0" if inside else ""
     place = {"r": "rows[:, None]", "c": "cols[None, :]"}.get(
         each.vector, f"rows[:, None].to(tl.int64) * {width} + cols[None, :]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lpcompile.codegen import gemm_body as body
+from lpcompile.codegen import gemm_turn
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
 
 assert __name__ == "lpcompile.codegen.gemm_launch", "import it as lpcompile.codegen, not as codegen"
@@ -24,7 +25,7 @@ def _shape(o: Operand) -> str:
 def _given(plan: Plan) -> str:
     """The names that a launch gives its inputs, in order; `_` for what it has no use for."""
     kernel = plan.kernel
-    used = {*body.gemm_arguments(plan), *body.added_arguments(plan)}
+    used = {*body.gemm_arguments(plan), *body.added_arguments(plan), *(f"x{index}" for index in range(9))}
     names = (
         [name for o in plan.operands for name in o.names]
         + (["bias"] if kernel.bias else [])
@@ -38,10 +39,17 @@ def _passed(plan: Plan, name: str) -> str:
     """What a launch passes for an argument."""
     operand = next((o for o in plan.operands if o.name == name), None)
     if name == "out" and plan.stored:
-        return f"TensorDescriptor.from_tensor(out, {list(plan.tile[:2])})"
+        return f"TensorDescriptor.from_tensor({_result(plan)}, {list(plan.tile[:2])})"
+    if name == "out":
+        return _result(plan)
     if operand is not None and plan.described(operand):
         return f"TensorDescriptor.from_tensor({name}, {tile_of(plan, operand)})"
     return {"spin0": "spins[0]", "spin1": "spins[1]"}.get(name, name)
+
+
+def _result(plan: Plan) -> str:
+    """What the launch calls the tensor that `gemm` writes."""
+    return "product" if plan.in_memory else "out"
 
 
 def _call(function: str, grid: str, arguments: list[str], warps: int, stages: int) -> list[str]:
@@ -62,9 +70,9 @@ def launch(plan: Plan) -> list[str]:
     tiles = "triton.cdiv(M, BLOCK_M.value) * triton.cdiv(N, BLOCK_N.value)" + (f" * {schedule.split}" if split else "")
     lines = [f"{_given(plan)} = map(ready, inputs)", *dict.fromkeys((_shape(plan.a), _shape(plan.b)))]
     lines += ["K = 2 * K"] if plan.a.packed == 2 else []
-    lines += ["R, C = sizes"] if plan.cropped else []
+    lines += ["R, C = sizes"] if plan.cropped or plan.in_memory else []
     rows, cols = plan.result_names
-    lines.append(f"out = torch.empty(({rows}, {cols}), dtype={plan.kernel.result}, device=a.device)")
+    lines.append(f"{_result(plan)} = torch.empty(({rows}, {cols}), dtype={plan.written}, device=a.device)")
     if split:
         sums = torch.int32 if plan.instruction is Instruction.INT8 else torch.float32
         lines.append(f"parts = torch.empty(({schedule.split}, M, N), dtype={sums}, device=a.device)")
@@ -77,6 +85,8 @@ def launch(plan: Plan) -> list[str]:
         height, width = plan.added_tile
         grid = f"(triton.cdiv({rows}, {height}), triton.cdiv({cols}, {width}))"
         lines += _call("added", grid, [_passed(plan, name) for name in body.added_arguments(plan)], 4, 2)
+    if plan.in_memory:
+        lines += gemm_turn.calls(plan)
     head = [*body.READY, *(_PROCESSORS_TEXT if schedule.persistent else []), "", *body.LAUNCH_HEAD]
     return [*head, *body.indented([*lines, "return [out]"]), ""]
 

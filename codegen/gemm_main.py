@@ -6,6 +6,7 @@ import torch
 
 from lpcompile.codegen import gemm_body as body
 from lpcompile.codegen.gemm_plan import Operand, Plan
+from lpcompile.recipe import Signs
 
 assert __name__ == "lpcompile.codegen.gemm_main", "import it as lpcompile.codegen, not as codegen"
 
@@ -49,7 +50,7 @@ def main_lines(plan: Plan) -> list[str]:
     for each in kernel.then.inputs if kernel.then is not None else ():
         shape = {"r": f"({rows},)", "c": f"({cols},)"}.get(each.vector, f"({rows}, {cols})")
         inputs.append(f"torch.randn({shape}, device=device).to({each.dtype})")
-    drawn = "seed" in body.finish_arguments(plan)
+    drawn = any(turn is not None and turn.signs is Signs.DRAWN for turn in kernel.undo)
     lines = [
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         f"M, N, K = {m}, {n}, {k}",

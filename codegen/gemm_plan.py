@@ -107,9 +107,21 @@ class Plan:
         return min((o.group for o in self.operands if o.group), default=0)
 
     @property
+    def in_memory(self) -> bool:
+        """True where rotations are undone by further functions, because no tile holds a block."""
+        return any(turn is not None and not turns_in_tile(turn) for turn in self.kernel.undo)
+
+    @property
+    def written(self) -> torch.dtype:
+        """The dtype of what `gemm` writes."""
+        return self.kernel.out if self.in_memory else self.kernel.result
+
+    @property
     def cropped(self) -> bool:
-        """True where the product may be larger than the result: rotations padded its axes to whole blocks."""
-        return any(turn is not None and not self.sizes.divides(turn.block, axis) for axis, turn in enumerate(self.kernel.undo))
+        """True where the product may be larger than what is written: rotations padded its axes to whole blocks."""
+        return not self.in_memory and any(
+            turn is not None and not self.sizes.divides(turn.block, axis) for axis, turn in enumerate(self.kernel.undo)
+        )
 
     @property
     def result_names(self) -> tuple[str, str]:
@@ -128,9 +140,14 @@ class Plan:
         value = self.sizes.values[axis]
         return Sizes((value if turn is None else sympy.ceiling(value / turn.block) * turn.block,))
 
+    @property
+    def _width(self) -> Sizes:
+        """The columns of what `gemm` writes, as the second size."""
+        return Sizes((self.sizes.values[0], self.size(1).values[0])) if self.in_memory else self.sizes
+
     def exact(self, axis: int) -> bool:
         """True where tiles provably divide the axis, so that nothing of it needs a mask."""
-        return self.sizes.divides(self.tile[axis], axis)
+        return self.sizes.divides(self.tile[axis], axis) and self.size(axis).divides(self.tile[axis], 0)
 
     def described(self, operand: Operand) -> bool:
         """True where the operand comes through a tensor descriptor: its rows must be multiples of 16 bytes."""
@@ -140,7 +157,7 @@ class Plan:
     @property
     def stored(self) -> bool:
         """True where the result goes through a tensor descriptor."""
-        return self.schedule.tma and self.schedule.split == 1 and self.sizes.divides(16 // self.kernel.result.itemsize, 1)
+        return self.schedule.tma and self.schedule.split == 1 and self._width.divides(16 // self.written.itemsize, 1)
 
     @staticmethod
     def of(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Plan:
@@ -202,10 +219,8 @@ def _check(plan: Plan) -> None:
     kernel, step = plan.kernel, plan.tile[2]
     if any(size & (size - 1) for size in plan.tile):
         raise KernelError(f"{kernel}: tiles are powers of two, not {plan.schedule}")
-    for size, turn in zip(plan.tile, plan.kernel.undo, strict=False):
-        if turn is not None and not turns_in_tile(turn):
-            raise KernelError(f"{kernel}: a rotation of {turn.block} is not undone in a kernel")
-        if turn is not None and turn.block > size:
+    for size, turn in zip(plan.tile[:2], plan.kernel.undo, strict=True):
+        if turn is not None and not plan.in_memory and turn.block > size:
             raise KernelError(f"{kernel}: a tile of {size} has no whole block of {turn.block} to turn back")
     for o in plan.operands:
         if o.packed > 1 and not o.k_last:

@@ -82,7 +82,7 @@ def _sums(plan: Plan) -> int:
     """Sums of one thread that leave room for all else that it holds (found by compiling)."""
     kernel, target = plan.kernel, plan.target.name
     narrow = max(o.dtype.itemsize for o in plan.operands) == 1
-    followed = kernel.mask or kernel.then is not None or kernel.undo != (None, None)
+    followed = kernel.mask or (not plan.in_memory and (kernel.then is not None or kernel.undo != (None, None)))
     if narrow and not sizes_of_sixteen(plan):
         return 32
     # Partial sums that are scaled apart take as many registers again.
@@ -101,13 +101,14 @@ def _stages(plan: Plan, most: int) -> int:
     m, n, step = plan.tile
     after = 0
     if plan.schedule.split == 1:
-        after = m * n * kernel.result.itemsize if plan.schedule.tma else 0
-        after += m * n * 4 if kernel.undo != (None, None) else 0
-        after += m * n * 2 if kernel.then is not None and kernel.then.inputs else 0
+        after = m * n * plan.written.itemsize if plan.schedule.tma else 0
+        if not plan.in_memory:
+            after += m * n * 4 if kernel.undo != (None, None) else 0
+            after += m * n * 2 if kernel.then is not None and kernel.then.inputs else 0
     one = step * sum(size * o.dtype.itemsize // o.packed for size, o in zip((m, n), plan.operands, strict=True))
     # Where tiles pass through registers (mma.sync), one stage of them is there and not in shared memory.
     held = target not in ("sm_90", "sm_100")
-    return min((SHARED[target] * 1024 - after) // one + held, 3 if kernel.result.itemsize == 4 else most)
+    return min((SHARED[target] * 1024 - after) // one + held, 3 if plan.written.itemsize == 4 else most)
 
 
 def contraction_step(kernel: GemmKernel, instruction: Instruction, sizes: Sizes, width: int) -> int:
@@ -123,11 +124,11 @@ def contraction_step(kernel: GemmKernel, instruction: Instruction, sizes: Sizes,
 
 def _turns(kernel: GemmKernel, m: int, n: int) -> bool:
     """True where each rotation that is undone inside a tile fits it, and both products fit the tensor memory."""
+    if not all(turn is None or turns_in_tile(turn) for turn in kernel.undo):
+        return True
     if kernel.undo != (None, None) and max(m, n) > 128:
         return False
-    return all(
-        turn is None or not turns_in_tile(turn) or turn.block <= size for turn, size in zip(kernel.undo, (m, n), strict=True)
-    )
+    return all(turn is None or turn.block <= size for turn, size in zip(kernel.undo, (m, n), strict=True))
 
 
 def _tiles(sizes: Sizes, m: int, n: int) -> int:

@@ -52,6 +52,12 @@ def mend() -> None:
 
         return plain_dot(self, wide(a), wide(b), d, *options)
 
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        # FP64 holds the product exactly; the interpreter's own rounds it.
+        wide = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+        return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+    builder.create_fma = fma
     plain_scale = getattr(interpreter, "_dot_scaled_scale_to_f32", None)
 
     def scale(handle: Any, compute: Any) -> Any:

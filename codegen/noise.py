@@ -5,6 +5,7 @@ from __future__ import annotations
 from lpcompile import philox
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
+from lpcompile.errors import KernelError
 from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.noise", "import it as lpcompile.codegen, not as codegen"
@@ -110,6 +111,24 @@ def drawn_signs(key, BLOCK: tl.constexpr, COUNT: tl.constexpr):
         return f"{name}({_fixed_key():#x}, {rotation.block}, {count})"
     # Even streams round, odd ones turn: a use and a spin of one number never meet.
     return f"{name}({stream_key(fragments)}({seed}, 2 * {spin} + 1), {rotation.block}, {count})"
+
+
+def signs_at(fragments: Fragments, rotation: Rotation, seed: str, spin: str, index: str) -> str:
+    """An expression for the +-1 of a rotation at places in its block. Raises KernelError for NVIDIA's vector."""
+    if rotation.signs is Signs.FIXED and rotation.block == 16:
+        raise KernelError(f"{rotation} beside a rotation that is too large for a tile is not generated")
+    _word_of(fragments)
+    name = fragments.add(
+        "sign_at",
+        '''
+def sign_at(key, index):
+    """+1 or -1 by the lowest bit of one word of a stream each."""
+    return 1.0 - 2.0 * (word_of(key, index) & 1).to(tl.float32)
+''',
+    )
+    if rotation.signs is Signs.FIXED:
+        return f"{name}({_fixed_key():#x}, {index})"
+    return f"{name}({stream_key(fragments)}({seed}, 2 * {spin} + 1), {index})"
 
 
 def _fixed_signs(fragments: Fragments) -> str:

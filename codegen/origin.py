@@ -25,6 +25,7 @@ class Origin:
 
     function: Function
     tensors: tuple[Read, ...]
+    dtype: torch.dtype  # of the tile
 
 
 @dataclass(frozen=True)
@@ -70,38 +71,40 @@ def emit_origin(
     tile: tuple[int, int],
     extents: tuple[Extent, Extent],
     fragments: Fragments,
+    name: str = "load_x",
 ) -> Origin:
-    """Writes `load_x`. Raises KernelError for what is not generated."""
+    """Writes the function that loads a tile, called `name`. Raises KernelError for what is not generated."""
     place = _Place(tile, extents, fragments)
     if isinstance(kernel, CastKernel):
-        return _prologue(kernel, place)
+        return _prologue(kernel, place, name)
     dtype = kernel.dtype if isinstance(kernel, RequantKernel) else torch.bfloat16
-    return _decoded(kernel.source, dtype, isinstance(kernel, RequantKernel), place)
+    return _decoded(kernel.source, dtype, isinstance(kernel, RequantKernel), place, name)
 
 
 # ---- prologues ---------------------------------------------------------------------------------------------------
 
 
-def _prologue(kernel: CastKernel, place: _Place) -> Origin:
+def _prologue(kernel: CastKernel, place: _Place, name: str) -> Origin:
+    dtype = kernel.dtype
     tensors = []
     loads = []
     for index, each in enumerate(kernel.inputs):
-        name = f"x{index}"
+        variable = f"x{index}"
         block = {"": (1, 1), "r": (1, 0), "c": (0, 1)}[each.vector]
         rows, cols = place.extents
         shape = {"": (rows, cols), "r": (rows,), "c": (cols,)}[each.vector]
-        tensors.append(Read(name, each.dtype, each.dtype, shape))
-        loads.append(place.load(name, block))
-    function = Function("load_x", f"The tile at (row0, col0) of {kernel.prologue}.", ("row0", "col0"))
+        tensors.append(Read(variable, each.dtype, each.dtype, shape))
+        loads.append(place.load(variable, block))
+    function = Function(name, f"The tile at (row0, col0) of {kernel.prologue}.", ("row0", "col0"))
     function.take(*(each.name for each in tensors))
     if kernel.plain:
         function.doc = "The tile at (row0, col0) of what is quantised."
         function.add(f"return {loads[0]}")
-        return Origin(function, tuple(tensors))
+        return Origin(function, tuple(tensors), dtype)
     function.add(*(f"x{index} = {load}.to(tl.float32)" for index, load in enumerate(loads)))
     value = _expression(kernel.prologue, place.fragments, function)
     function.add(f"x = {place.fragments.rounded(value, kernel.dtype)}", *place.zeroed("x", function), "return x")
-    return Origin(function, tuple(tensors))
+    return Origin(function, tuple(tensors), dtype)
 
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*"}
@@ -144,8 +147,9 @@ _OPERATIONS = {
     "reciprocal": ("x", "tl.div_rn(1.0, x)"),
     "rsqrt": ("x", "tl.div_rn(1.0, tl.sqrt_rn(x))"),
     "relu": ("x", "tl.where(x < 0, 0.0, x)"),
-    "sigmoid": ("x", "tl.div_rn(1.0, 1.0 + tl.exp(-x))"),
-    "silu": ("x", "tl.div_rn(x, 1.0 + tl.exp(-x))"),
+    # An exponential is not correctly rounded: a division that is would buy nothing.
+    "sigmoid": ("x", "1.0 / (1.0 + tl.exp(-x))"),
+    "silu": ("x", "x / (1.0 + tl.exp(-x))"),
     "gelu": ("x", "x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))"),
     # NaN in either goes through, as in torch.
     "maximum": ("x, y", "tl.where((x > y) | (x != x), x, y)"),
@@ -186,7 +190,7 @@ def tanh_of(x):
 # ---- codes -------------------------------------------------------------------------------------------------------
 
 
-def _decoded(source: Cast, dtype: torch.dtype, outer: bool, place: _Place) -> Origin:
+def _decoded(source: Cast, dtype: torch.dtype, outer: bool, place: _Place, name: str) -> Origin:
     """outer: times the outer scale as well (a Requant); without it a Decode, which takes block scales only where they fold."""
     quant, fragments = source.quant, place.fragments
     block = quant.block.along(source.axis)
@@ -196,7 +200,7 @@ def _decoded(source: Cast, dtype: torch.dtype, outer: bool, place: _Place) -> Or
     packed = 2 if quant.packed else 1
     codes = Read("codes", quant.storage, stored(quant.storage, native), (rows, cols.blocks(packed)))
     tensors = [codes]
-    function = Function("load_x", f"The tile at (row0, col0) of what {source} stands for.", ("row0", "col0"), ["codes"])
+    function = Function(name, f"The tile at (row0, col0) of what {source} stands for.", ("row0", "col0"), ["codes"])
     code = place.load("codes", width=packed)
     if quant.packed:
         code = f"{fragments.unpack_nibbles(isinstance(quant.elem, Int))}({code})"
@@ -220,4 +224,13 @@ def _decoded(source: Cast, dtype: torch.dtype, outer: bool, place: _Place) -> Or
     if outer and quant.masked:
         tensors.append(Read("masks", torch.uint8, torch.uint8, (rows, cols.blocks(8))))
     function.add(f"return {fragments.rounded('x', dtype)}")
-    return Origin(function, tuple(tensors))
+    return Origin(function, tuple(tensors), dtype)
+
+
+def emit_plain(
+    tensor: str, dtype: torch.dtype, tile: tuple[int, int], extents: tuple[Extent, Extent], fragments: Fragments, name: str
+) -> Origin:
+    """An origin that reads a matrix as it is."""
+    function = Function(name, f"The tile of {tensor} at (row0, col0).", ("row0", "col0"), [tensor])
+    function.add(f"return {_Place(tile, extents, fragments).load(tensor)}")
+    return Origin(function, (Read(tensor, dtype, dtype, extents),), dtype)

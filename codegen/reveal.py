@@ -148,7 +148,7 @@ class _Recorder:
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def call(*args: Any, **named: Any) -> None:
-            self._record((*grid, 1, 1)[:3], {**dict(zip(self.kernel.arg_names, args, strict=False)), **named})
+            self._record((*grid, 1, 1)[:3], {**dict(zip(self.kernel.arg_names, args, strict=True)), **named})
 
         return call
 

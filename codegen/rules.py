@@ -181,7 +181,7 @@ def _eden(view: View, fragments: Fragments, function: Function) -> str:
         'outer = tl.where(tensor_bits < 0x7F800000, tl.where(outer > 0, outer, 1.0), float("nan"))',
         f"scale = {round_scale}(tl.div_rn(peak_bits.to(tl.float32, bitcast=True), outer * {reach!r}))",
         "scale = tl.where(scale == 0, 1.0, scale)",
-        "scaled = tl.div_rn(x, scale * outer)",
+        f"scaled = {fragments.divide()}(x, scale * outer)",
         f"grid = {fragments.grid(E2M1, Rounding.RTNE)}(scaled)",
         "# FP64: the order of an FP32 sum could change a rounded scale.",
         "wide = scaled.to(tl.float64)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lpcompile.codegen.source import Schedule, Sizes
+from lpcompile.codegen.turn import fits
 from lpcompile.errors import KernelError
 from lpcompile.formats import EDEN_GROUP, Rule
 from lpcompile.kernel import CastKernel, DecodeKernel, RequantKernel
@@ -18,7 +19,7 @@ def _needs(cast: Cast) -> tuple[int, int]:
     """The smallest tile that whole blocks, rotations and corrected groups of a cast fit in."""
     need = [max(length, 1) for length in cast.quant.block.along(cast.axis)]
     for axis, rotation in enumerate(cast.rotations):
-        if rotation is not None:
+        if rotation is not None and all(map(fits, cast.rotations)):
             need[axis] = max(need[axis], rotation.block, 16)
     if cast.quant.rule is Rule.EDEN:
         need[cast.axis] = max(need[cast.axis], EDEN_GROUP)

@@ -57,11 +57,11 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
     tile = view.tile[::-1] if flip else view.tile
     if tile[1] % size:
         raise KernelError(f"{view.output}: a tile of {tile[1]} has no whole blocks of {size} to turn")
-    matrix = f"{_matrix(fragments)}({block}, {size})"
+    matrix = f"{matrix_fragment(fragments)}({block}, {size})"
     if rotation.signs is not Signs.NONE:
         matrix += f" * {signs(fragments, rotation, 'seed', f'spin_{axis}', size)}[:, None]"
     flat = (tile[0] * tile[1] // size, size)
-    product = _product(dtype, fragments)
+    product = product_fragment(dtype, fragments)
     lines = ["x = tl.trans(x)"] if flip else []
     source = "x" if flat == tile else f"tl.reshape(x, {flat})"
     lines.append(f"x = {product}({source}, {matrix}) * {1 / math.sqrt(block)!r}")
@@ -70,7 +70,8 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
     return [*lines, *(["x = tl.trans(x)"] if flip else [])]
 
 
-def _matrix(fragments: Fragments) -> str:
+def matrix_fragment(fragments: Fragments) -> str:
+    """A function (order, size) -> matrix of +-1 in FP32."""
     return fragments.add(
         "hadamard",
         '''
@@ -88,8 +89,8 @@ def hadamard(BLOCK: tl.constexpr, SIZE: tl.constexpr):
     )
 
 
-def _product(dtype: torch.dtype, fragments: Fragments) -> str:
-    """A function (x, matrix of small integers in FP32) -> their product in FP32."""
+def product_fragment(dtype: torch.dtype, fragments: Fragments) -> str:
+    """A function (x, matrix of small integers in FP32) -> their product in FP32, for an x of this dtype."""
     if fragments.interpreted:
         body = '    return tl.dot(x.to(tl.float32), matrix, input_precision="ieee")'
     elif dtype == torch.float32:

@@ -68,9 +68,9 @@ class Blocks:
         return value
 
 
-def origin(block: tuple[int, int]) -> tuple[str, str]:
-    """Where the scales of the tile at (row0, col0) stand."""
-    places = zip(("row0", "col0"), block, strict=True)
+def origin(block: tuple[int, int], place: tuple[str, str] = ("row0", "col0")) -> tuple[str, str]:
+    """Where the scales of the tile at `place` stand."""
+    places = zip(place, block, strict=True)
     row, col = ("0" if not length else name if length == 1 else f"{name} // {length}" for name, length in places)
     return row, col
 

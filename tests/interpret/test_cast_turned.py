@@ -35,6 +35,12 @@ DECODES = (
     "decode e5m2:1x32:e8m0:up|1",
     "decode e3m2:tensor|1",
 )
+LARGE = (
+    (BF16 + "int8:tensor|1|1:h1024, e4m3:row|1|1:h1024', int8:row|1", (5, 1000)),
+    (BF16 + "int8:tensor|1|0:h576drawn, e4m3:tensor|1|0:h28|1:h256fixed'", (560, 20)),
+    (BF16 + "int8:tensor|1|1:h448, e2m1:1x32:e8m0:up|1|1:h60'", (20, 440)),
+    ("cast x0:bf16 x1:f32[r] = mul(x0, x1) as f32 -> keep, int8:tensor|1|1:h512drawn", (9, 500)),
+)
 RANDOM = {"seed": SEED, "uses": [2, 3, 4], "spins": [5, 6, 7, 8, 9, 10]}
 
 
@@ -51,6 +57,14 @@ def test_turned(text: str) -> None:
     dtype = parse(text).dtype
     for shape, broken, symbolic in (((37, 200), True, False), ((130, 257), False, True), ((128, 256), False, False)):
         check(*run(text, [whole(shape, dtype, broken)], symbolic=symbolic, **RANDOM))
+
+
+@pytest.mark.parametrize(("text", "shape"), LARGE)
+def test_too_large_for_a_tile(text: str, shape: tuple[int, int]) -> None:
+    kernel = parse(text)
+    powers = [torch.exp2(torch.arange(shape[0]) % 3).float() for _ in kernel.inputs[1:]]
+    for symbolic in (False, True):
+        check(*run(text, [whole(shape, torch.bfloat16, symbolic), *powers], symbolic=symbolic, **RANDOM))
 
 
 def codes_of(text: str, shape: tuple[int, int]) -> tuple[list[torch.Tensor], int]:

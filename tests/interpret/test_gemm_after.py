@@ -43,3 +43,17 @@ def test_split_contractions(text: str, shape: tuple[int, int, int], tma: bool):
     result = check(text, shape, TILE, split=3, tma=tma, persistent=tma)
     if "int8" in text:
         assert torch.equal(result.found, result.reference)
+
+
+@pytest.mark.parametrize("shape", [(48, 64, 32), (45, 39, 33)], ids=str)
+@pytest.mark.parametrize(
+    "rest",
+    [
+        " -> bf16 * 1:h256",
+        " -> f32 * 0:h20fixed * 1:h24drawn",
+        " -> bf16 * mask * 0:h512drawn then add(x0, x1) as f32 with x1:bf16[r]",
+        " -> f16 * 0:h40 * 1:h2",
+    ],
+)
+def test_rotations_that_no_tile_holds(rest: str, shape: tuple[int, int, int]):
+    check_followed(ROW + rest, shape, TILE)
