@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -34,31 +34,37 @@ SIZES = (4096, 4096, 4096)
 @dataclass(frozen=True)
 class Gemm:
     """A product in one format. native: the operand kind of the instruction on each target that has one; elsewhere the
-    operands come as bf16 values."""
+    operands come as bf16 values. after: what follows in the kernel's text."""
 
     left: str
     right: str
     native: dict[str, str]
+    after: str = ""
 
     def text(self, target: str) -> str:
         decoded = "" if target in self.native else "~"
-        return f"gemm {self.left}{decoded} @ {self.right}{decoded}' -> bf16"
+        return f"gemm {self.left}{decoded} @ {self.right}{decoded}' -> bf16{self.after}"
 
-    def product(self, target: str) -> Product:
-        return Product(INSTRUCTION[target], self.native.get(target, "bf16"))
+    def products(self, target: str) -> set[Product]:
+        """The instructions that belong into it: a rotation undone is a product of bf16 tiles."""
+        undone = {Product(INSTRUCTION[target], "bf16")} if ":h" in self.after else set()
+        return {Product(INSTRUCTION[target], self.native.get(target, "bf16")), *undone}
 
 
 _FP8 = dict.fromkeys(("sm_89", "sm_90", "sm_100", "sm_120"), "fp8")
 _INT8 = dict.fromkeys(TARGETS, "int8")
+_MX4 = dict.fromkeys(("sm_100", "sm_120"), "mx4")
 _BLACKWELL = ("sm_100", "sm_120")
 GEMMS = {
     "fp8 tensor": Gemm("e4m3:tensor|1", "e5m2:tensor|1", _FP8),
     "fp8 row": Gemm("e4m3:row:up|1", "e4m3:row:up|1", _FP8),
+    "fp8 residual": Gemm("e4m3:row:up|1", "e4m3:row:up|1", _FP8, " + bias then add(x0, x1) as bf16 with x1:bf16"),
     "deepseek": Gemm("e4m3:1x128|1", "e4m3:128x128|1", _FP8),
     "deepseek dW": Gemm("e4m3:1x128|1", "e4m3:1x128|1", _FP8),
     "int8 row": Gemm("int8:row|1", "int8:row|1", _INT8),
     "mxfp8": Gemm("e4m3:1x32:e8m0:up|1", "e4m3:1x32:e8m0:up|1", dict.fromkeys(_BLACKWELL, "mx8")),
-    "mxfp4": Gemm("e2m1:1x32:e8m0:up|1", "e2m1:1x32:e8m0:up|1", dict.fromkeys(_BLACKWELL, "mx4")),
+    "mxfp4": Gemm("e2m1:1x32:e8m0:up|1", "e2m1:1x32:e8m0:up|1", _MX4),
+    "mxfp4 undone": Gemm("e2m1:1x32:e8m0:matched|1", "e2m1:1x32:e8m0:matched|1", _MX4, " * mask * 1:h32"),
     "nvfp4": Gemm("e2m1:1x16:e4m3+f32|1", "e2m1:1x16:e4m3+f32|1", dict.fromkeys(_BLACKWELL, "nvfp4")),
 }
 CASTS = {
@@ -126,16 +132,20 @@ def _faults(compiled: Compiled, kernel: Kernel, name: str, target: Target) -> tu
     if not compiled.fits:
         found.append(f"{compiled.shared} bytes of shared memory, of {SHARED_LIMIT[target.name]}")
     if isinstance(kernel, GemmKernel):
-        expected = GEMMS[name].product(target.name)
+        expected = GEMMS[name].products(target.name)
         # A function that only adds parts up multiplies nothing.
-        if compiled.products != {expected} and compiled.name == "gemm":
-            found.append(f"multiplies with {', '.join(map(str, compiled.products)) or 'nothing'} in place of {expected}")
+        if compiled.products != expected and compiled.name == "gemm":
+            found.append(f"multiplies with {_names(compiled.products)} in place of {_names(expected)}")
         if target.name in TMA and not compiled.tma and compiled.name == "gemm":
             found.append("no tensor descriptors")
     elif any(product.kind != "bf16" for product in compiled.products):
         # A rotation is a product with a small matrix, exact in bf16.
-        found.append(f"multiplies with {', '.join(map(str, compiled.products))}")
+        found.append(f"multiplies with {_names(compiled.products)}")
     return tuple(found)
+
+
+def _names(products: Collection[Product]) -> str:
+    return ", ".join(sorted(map(str, products))) or "nothing"
 
 
 def table(targets: Sequence[str], families: Sequence[str]) -> Iterator[Row]:
@@ -161,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         one = row.compiled
         cells = ["", "", "", "", "", ""]
         if one is not None:
-            products = ", ".join(sorted(map(str, one.products)))
+            products = _names(one.products) if one.products else ""
             cells = [one.name, str(one.registers), str(one.spills), str(one.shared), products, "yes" if one.tma else ""]
         shown.add_row(row.family, row.name, row.target, *cells, Text("; ".join(row.faults)))
     console = Console()

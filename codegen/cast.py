@@ -2,267 +2,286 @@
 
 A Cast is one or two jit functions: where a scale spans an axis, `amax_kernel` reads the input once and raises the peaks that
 tiles share; `cast_kernel` then reads it (again) and writes every output. A transposed output is that of the transposed tile,
-which is turned right after the load, while its elements are small.
+which is turned right after the load, while its elements are small. Outputs whose rotation is too large for a tile are made
+of a turned matrix, which kernels of their own write first (`in_memory`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments, pointer
-from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header
+from lpcompile.codegen.function import Function
+from lpcompile.codegen.group import Group
+from lpcompile.codegen.in_memory import BASE_MATRIX, Turner
+from lpcompile.codegen.origin import Origin, emit_origin, emit_plain
+from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header, next_power_of_two
+from lpcompile.codegen.tiling import cast_schedules
+from lpcompile.codegen.turn import fits
 from lpcompile.codegen.views import View, stored
-from lpcompile.codegen.write import Function, emit_write, reduced
+from lpcompile.codegen.write import POINTERS_TO
 from lpcompile.errors import KernelError
-from lpcompile.formats import Quant
-from lpcompile.kernel import CastKernel, DecodeKernel, RequantKernel
+from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
+from lpcompile.recipe import Cast, Signs
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.cast", "import it as lpcompile.codegen, not as codegen"
 
+__all__ = ["cast_schedules", "emit_cast"]
+
 Tiled = CastKernel | RequantKernel | DecodeKernel
-
-
-def cast_schedules(kernel: Tiled, sizes: Sizes, target: Target) -> tuple[Schedule, ...]:
-    """Tilings worth a measurement, the expected best first."""
-    return (Schedule((128, 128), warps=8, stages=1), Schedule((64, 128), warps=4, stages=1))
 
 
 def emit_cast(kernel: Tiled, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
     """The module of a Cast, a Requant or a Decode. Raises KernelError for what is not generated."""
-    if not isinstance(kernel, CastKernel) or not kernel.plain:
-        raise KernelError(f"{kernel}: not generated")
-    emitter = _Emitter(kernel, sizes, target, schedule)
-    text, entries = emitter.emit()
+    if any(value == 0 for value in sizes.values):
+        raise KernelError(f"{kernel}: nothing to generate for an empty matrix")
+    text, entries = _Emitter(kernel, sizes, target, schedule).emit()
     return Source(kernel, sizes, target, schedule, text, entries)
 
 
 @dataclass(frozen=True)
-class Peaks:
-    """Scales that tiles share: the bits of amax over blocks that span an axis, counted in the matrix that is read."""
+class _Tensor:
+    """A tensor that the launcher makes. dtype: as kernels see it; final: as it is returned; zeros: it starts as zeros."""
 
-    block: tuple[int, int]
-    extents: tuple[Extent, Extent]
-    offset: str  # in the buffer of all peaks
+    name: str
+    dtype: torch.dtype
+    final: torch.dtype
+    shape: tuple[Extent, Extent]
+    zeros: bool = False
 
     @property
-    def count(self) -> str:
-        return " * ".join(each.text for each in self.extents if each.known != 1) or "1"
+    def line(self) -> str:
+        make = "zeros" if self.zeros else "empty"
+        rows, cols = self.shape
+        return f"{self.name} = torch.{make}(({rows.host}, {cols.host}), dtype={self.dtype}, device=device)"
+
+    @property
+    def returned(self) -> str:
+        return self.name if self.dtype == self.final else f"{self.name}.view({self.final})"
+
+
+@dataclass(frozen=True)
+class _Launch:
+    function: Function
+    grid: str
+    warps: int
+    stages: int
 
 
 class _Emitter:
-    def __init__(self, kernel: CastKernel, sizes: Sizes, target: Target, schedule: Schedule) -> None:
+    def __init__(self, kernel: Tiled, sizes: Sizes, target: Target, schedule: Schedule) -> None:
         self.kernel, self.sizes, self.target, self.schedule = kernel, sizes, target, schedule
         self.extents = Extent.of(sizes, 0), Extent.of(sizes, 1)
-        self.size_arguments = tuple(each.text for each in self.extents if each.known is None)
+        self.size_arguments = [each.text for each in self.extents if each.known is None]
         known = [each.known for each in self.extents]
-        small = None not in known and (known[0] or 0) * (known[1] or 0) < 1 << 31
+        # Twice, because rotations pad.
+        small = None not in known and 2 * (known[0] or 0) * (known[1] or 0) < 1 << 31
         self.fragments = Fragments(target, wide=not small)
-        tile = schedule.tile
-        self.views = [View.of(index, output, tile, self.extents) for index, output in enumerate(kernel.outputs)]
-        self.peaks: dict[int, Peaks] = {}
-        self._find_peaks()
+        self.tile = schedule.tile[0], schedule.tile[1]
+        self.dtype = torch.bfloat16 if isinstance(kernel, DecodeKernel) else kernel.dtype
+        self.keeps = isinstance(kernel, CastKernel) and kernel.keep
+        self.views: list[View] = []
+        self.groups: list[Group] = []
+        self.turners: list[Turner] = []
+        self._make_groups(() if isinstance(kernel, DecodeKernel) else kernel.outputs)
+        self.views.sort(key=lambda view: view.index)
+        self.launches = self._launches()
 
-    def _find_peaks(self) -> None:
-        found: dict[tuple[int, int], Peaks] = {}
-        offset: list[str] = []
-        for view in self.views:
-            if not view.whole:
+    def _make_groups(self, outputs: tuple[Output, ...]) -> None:
+        direct: list[View] = []
+        turned: dict[object, list[tuple[int, Output]]] = {}
+        for index, output in enumerate(outputs):
+            rotations = output.cast.rotations
+            if all(map(fits, rotations)):
+                direct.append(View.of(index, output, self.tile, self.extents))
                 continue
-            cast = view.output.cast
-            block = cast.quant.block.along(cast.axis)
-            if block not in found:
-                extents = self.extents[0].blocks(block[0]), self.extents[1].blocks(block[1])
-                found[block] = Peaks(block, extents, " + ".join(offset))
-                offset.append(found[block].count)
-            self.peaks[view.index] = found[block]
-        self.distinct = list(found.values())
+            # Signs that are drawn may differ from output to output.
+            drawn = any(each is not None and each.signs is Signs.DRAWN for each in rotations)
+            turned.setdefault((rotations, index if drawn else None), []).append((index, output))
+        written = "values" if isinstance(self.kernel, DecodeKernel) else "kept" if self.keeps else ""
+        self.origin = emit_origin(self.kernel, self.tile, self.extents, self.fragments)
+        if direct or written:
+            self._add(self.origin, self.extents, direct, "", written)
+        for members in turned.values():
+            self._make_turned(members)
 
-    # ---- kernels -------------------------------------------------------------------------------------------------
+    def _make_turned(self, members: list[tuple[int, Output]]) -> None:
+        first, output = members[0]
+        turner = Turner(output.cast, first, self.dtype, self.fragments, self.size_arguments)
+
+        def load(name: str, tile: tuple[int, int], extents: tuple[Extent, Extent]) -> Origin:
+            return emit_origin(self.kernel, tile, extents, self.fragments, name)
+
+        turner.emit(load, self.extents)
+        self.turners.append(turner)
+        plain = emit_plain(turner.result, self.dtype, self.tile, turner.extents, self.fragments, f"load_{turner.result}")
+        views = [
+            View.of(index, replace(each, cast=Cast(each.cast.quant, each.cast.axis)), self.tile, turner.extents)
+            for index, each in members
+        ]
+        self._add(plain, turner.extents, views, f"_{first}", "")
+
+    def _add(self, source: Origin, extents: tuple[Extent, Extent], views: list[View], suffix: str, written: str) -> None:
+        self.views += views
+        self.groups.append(Group(source, extents, self.tile, views, self.fragments, self.size_arguments, suffix, written))
+
+    def _launches(self) -> list[_Launch]:
+        found = [_Launch(each.function, each.grid, each.warps, 1) for turner in self.turners for each in turner.passes]
+        for group in self.groups:
+            tiles = [extent.blocks(size).host for extent, size in zip(group.extents, self.tile, strict=True)]
+            found += [_Launch(kernel, " * ".join(tiles), self.schedule.warps, self.schedule.stages) for kernel in group.kernels]
+        return found
+
+    # ---- text ----------------------------------------------------------------------------------------------------
 
     def emit(self) -> tuple[str, tuple[Entry, ...]]:
-        load = self._load_function()
-        writes = [emit_write(view, self.fragments, self.size_arguments) for view in self.views]
-        kernels = [*([self._amax_kernel()] if self.distinct else []), self._cast_kernel(writes)]
-        functions = [load, *map(_text, writes), *kernels]
         constants = [f"{each.text} = tl.constexpr({each.known})" for each in self.extents if each.known is not None]
+        bases = any(turner.bases for turner in self.turners)
+        imports = "import torch\nimport triton\nimport triton.language as tl\n"
+        if bases:
+            imports = f"import functools\n\n{imports}\nfrom lpcompile.hadamard import rotation_matrix\n"
         top = [
-            "import torch\nimport triton\nimport triton.language as tl\n",
+            header(self.kernel, self.sizes, self.target, self.schedule),
+            imports,
             "\n".join([f"KERNEL = {str(self.kernel)!r}", *constants]),
         ]
-        text = "\n".join([header(self.kernel, self.sizes, self.target, self.schedule), *top]) + "\n\n\n"
-        text += self.fragments.text() + "\n\n\n" + "\n\n\n".join(functions)
-        text += "\n\n\n" + self._launch(writes) + "\n\n\n" + self._main()
-        return text, self._entries(writes)
-
-    def _sizes(self, first: bool = False) -> str:
-        return "".join(f", {name}" for name in self.size_arguments)
-
-    def _load_function(self) -> str:
-        checks = [not each.divides(size) for each, size in zip(self.extents, self.schedule.tile, strict=True)]
-        load = self.fragments.load(*checks)
-        rows = f", {self.extents[0].text}" if checks[0] else ""
-        height, width = self.schedule.tile
-        return f'''@triton.jit
-def load_x(x0, row0, col0{self._sizes()}):
-    """The tile at (row0, col0) of what is quantised."""
-    return {load}(x0, {height}, {width}, row0, col0{rows}, {self.extents[1].text})'''
-
-    def _place(self) -> list[str]:
-        height, width = self.schedule.tile
-        across = self.extents[1].blocks(width).text
-        return [
-            "program = tl.program_id(0)",
-            f"row0 = program // {across} * {height}",
-            f"col0 = program % {across} * {width}",
-            f"x = load_x(x0, row0, col0{self._sizes()})",
+        passes = [
+            text
+            for turner in self.turners
+            for text in (*(f.text for f in turner.functions), *(each.function.text for each in turner.passes))
         ]
-
-    def _amax_kernel(self) -> str:
-        lines = [*self._place(), f"bits = {self.fragments.magnitude_bits()}(x)"]
-        for peaks in self.distinct:
-            lines += self._raise(peaks)
-        body = "\n".join(f"    {line}" for line in lines)
-        return f'''@triton.jit
-def amax_kernel(x0, peaks{self._sizes()}):
-    """Raises the peaks (bits of amax, 0 before) that tiles share."""
-{body}'''
-
-    def _raise(self, peaks: Peaks) -> list[str]:
-        tile = self.schedule.tile
-        counts = [size // block if block else 1 for size, block in zip(tile, peaks.block, strict=True)]
-        shape: list[int] = []
-        scales: list[int] = []
-        for size, count in zip(tile, counts, strict=True):
-            shape += [size] if count in (1, size) else [count, size // count]
-            scales += [count] if count in (1, size) else [count, 1]
-        value = "bits" if tuple(shape) == tuple(tile) else f"tl.reshape(bits, {tuple(shape)})"
-        value = reduced(value, tuple(shape), tuple(scales))
-        if scales != counts:
-            value = f"tl.reshape({value}, {tuple(counts)})"
-        checks = [
-            block != 0 and not extent.divides(size) for block, extent, size in zip(peaks.block, self.extents, tile, strict=True)
-        ]
-        row, col = (
-            "0" if not block else name if block == 1 else f"{name} // {block}"
-            for block, name in zip(peaks.block, ("row0", "col0"), strict=True)
+        groups = [text for group in self.groups for text in group.texts]
+        parts = ["\n".join(top), self.fragments.text(), *passes, *groups]
+        parts += [*([BASE_MATRIX] if bases else []), self._launch(), self._main()]
+        entries = tuple(
+            Entry(each.function.name, tuple(map(self._argument, each.function.arguments)), each.warps, each.stages)
+            for each in self.launches
         )
-        rows = f", {peaks.extents[0].text}" if checks[0] else ""
-        raise_to = self.fragments.raise_to(*checks)
-        pointer = f"peaks + {peaks.offset}" if peaks.offset else "peaks"
-        return [f"{raise_to}({pointer}, {value}, {row}, {col}{rows}, {peaks.extents[1].text})"]
+        return "\n\n\n".join(parts), entries
 
-    def _cast_kernel(self, writes: list[Function]) -> str:
-        lines = self._place()
-        transposed = False
-        for view, write in zip(self.views, writes, strict=True):
-            if view.output.transposed and not transposed:
-                lines.append("xt = tl.trans(x)")
-                transposed = True
-            x, place = ("xt", "col0, row0") if view.output.transposed else ("x", "row0, col0")
-            arguments = [self._passed(name, view) for name in write.arguments]
-            lines.append(f"{write.name}({x}, {place}, {', '.join(arguments)})")
-        body = "\n".join(f"    {line}" for line in lines)
-        parameters = [
-            "x0",
-            *(["peaks"] if self.distinct else []),
-            *(name for name, _ in self._parts(writes)),
-            *self.size_arguments,
-        ]
-        return f'''@triton.jit
-def cast_kernel({", ".join(parameters)}):
-    """Reads a tile and writes each output's."""
-{body}'''
-
-    def _passed(self, name: str, view: View) -> str:
-        if name == "peaks":
-            offset = self.peaks[view.index].offset
-            return f"peaks + {offset}" if offset else "peaks"
-        return name if name in self.size_arguments else f"{name}_{view.index}"
-
-    def _parts(self, writes: list[Function]) -> list[tuple[str, torch.dtype]]:
-        """(name, dtype) of each tensor that is written, in the order of the results."""
-        return [(f"{name}_{view.index}", self._dtype(name, view.quant)) for view in self.views for name in view.output.parts]
-
-    def _dtype(self, name: str, quant: Quant) -> torch.dtype:
-        if name == "codes":
-            return stored(quant.storage, self.fragments.native(quant.elem))
-        if name == "scale":
-            return stored(quant.scale_storage, self.fragments.converts_fp8)
-        return {"outer": torch.float32, "mask": torch.uint8, "values": torch.bfloat16}[name]
-
-    # ---- host ----------------------------------------------------------------------------------------------------
-
-    def _launch(self, writes: list[Function]) -> str:
-        lines = ["(x0,) = inputs", "x0 = x0.contiguous()", *self._host_sizes(), "device = x0.device"]
-        results = []
+    @property
+    def _results(self) -> list[_Tensor]:
+        found = []
+        if isinstance(self.kernel, DecodeKernel) or self.keeps:
+            found.append(_Tensor("kept" if self.keeps else "values", self.dtype, self.dtype, self.extents))
         for view in self.views:
-            for name in view.output.parts:
-                lines.append(self._allocated(f"{name}_{view.index}", name, view))
-                final = {"codes": view.quant.storage, "scale": view.quant.scale_storage}.get(name)
-                result = f"{name}_{view.index}"
-                if final is not None and final != self._dtype(name, view.quant):
-                    result += f".view({final})"
-                results.append(result)
-        height, width = self.schedule.tile
-        lines.append(f"grid = ({self.extents[0].blocks(height).text} * {self.extents[1].blocks(width).text},)")
-        options = f"num_warps={self.schedule.warps}, num_stages={self.schedule.stages}, enable_fp_fusion=False"
-        sizes = self._sizes()
-        if self.distinct:
-            count = " + ".join(each.count for each in self.distinct)
-            lines.append(f"peaks = torch.zeros({count}, dtype=torch.int32, device=device)")
-            lines.append(f"amax_kernel[grid](x0, peaks{sizes}, {options})")
-        names = ["x0", *(["peaks"] if self.distinct else []), *(name for name, _ in self._parts(writes))]
-        lines.append(f"cast_kernel[grid]({', '.join(names)}{sizes}, {options})")
-        lines.append(f"return [{', '.join(results)}]")
+            for part in view.output.parts:
+                dtype, shape, zeros = _part(part, view)
+                native = self.fragments.native(view.quant.elem) if part == "codes" else self.fragments.converts_fp8
+                found.append(_Tensor(f"{POINTERS_TO[part]}_{view.index}", stored(dtype, native), dtype, shape, zeros))
+        return found
+
+    @property
+    def _between(self) -> list[_Tensor]:
+        """What lies between kernels."""
+        return [_Tensor(name, dtype, dtype, shape) for turner in self.turners for name, dtype, shape in turner.scratch]
+
+    def _argument(self, name: str) -> Argument:
+        for tensor in self.origin.tensors:
+            if name == tensor.name:
+                return Argument(name, pointer(tensor.seen))
+        for made in (*self._results, *self._between):
+            if name == made.name:
+                return Argument(name, pointer(made.dtype))
+        if name == "seed":
+            return Argument(name, "*i64")
+        if name.startswith("peaks"):
+            return Argument(name, "*i32")
+        if name.startswith("base_"):
+            return Argument(name, "*bf16")
+        for extent in self.extents:
+            if name == extent.text:
+                return Argument(name, "i32", 4096, extent.divides(16))
+        return Argument(name, "i32", 3, divisible=False)  # the number of a random stream
+
+    def _launch(self) -> str:
+        lines = []
+        for index, tensor in enumerate(self.origin.tensors):
+            view = f".view({tensor.seen})" if tensor.seen != tensor.dtype else ""
+            lines.append(f"{tensor.name} = inputs[{index}].contiguous(){view}")
+        first = self.origin.tensors[0].name
+        lines.append(f"device = {first}.device")
+        if self.size_arguments:
+            taken = ", ".join(each.text if each.known is None else "_" for each in self.extents)
+            shape = f"{first}.shape" if isinstance(self.kernel, CastKernel) else f"{first}.shape[0], sizes[0]"
+            lines.append(f"{taken} = {shape}")
+        lines += [each.line for each in (*self._results, *self._between)]
+        for group in self.groups:
+            if group.distinct:
+                lines.append(f"{group.peaks_name} = torch.zeros({group.peaks_count}, dtype=torch.int32, device=device)")
+        lines += self._scalars()
+        for each in self.launches:
+            options = f"num_warps={each.warps}, num_stages={each.stages}, enable_fp_fusion=False"
+            lines.append(f"{each.function.name}[({each.grid},)](")
+            lines.append(f"    {', '.join(each.function.arguments)},")
+            lines += [f"    {options},", ")"]
+        lines.append(f"return [{', '.join(each.returned for each in self._results)}]")
         body = "\n".join(f"    {line}" for line in lines)
         return f'''def launch(inputs, sizes=(), seed=None, uses=(), spins=()):
     """The tensors that KERNEL writes, in its order. Takes matrices that are not empty."""
 {body}'''
 
-    def _host_sizes(self) -> list[str]:
-        taken = ["_" if each.known is not None else each.text for each in self.extents]
-        return [f"{', '.join(taken)} = x0.shape"] if self.size_arguments else []
-
-    def _allocated(self, variable: str, name: str, view: View) -> str:
-        dtype = self._dtype(name, view.quant)
-        rows, cols = view.scale_extents if name == "scale" else view.extents
-        if name == "codes" and view.quant.packed:
-            cols = cols.blocks(2)
-        return f"{variable} = torch.empty(({_host(rows)}, {_host(cols)}), dtype={dtype}, device=device)"
+    def _scalars(self) -> list[str]:
+        """Lines that unpack the numbers of random streams and find matrices."""
+        taken = {argument for each in self.launches for argument in each.function.arguments}
+        lines = []
+        for view in self.views:
+            known = [(f"use_{view.index}", f"uses[{view.index}]")]
+            known += [(f"spin_{axis}_{view.index}", f"spins[{2 * view.index + axis}]") for axis in (0, 1)]
+            lines += [f"{name} = {value}" for name, value in known if name in taken]
+        for order in sorted({order for turner in self.turners for order in turner.bases}):
+            lines.append(f"base_{order} = base_matrix({order}, {max(next_power_of_two(order), 16)}, device)")
+        return lines
 
     def _main(self) -> str:
-        shape = tuple(each.known or default for each, default in zip(self.extents, (256, 512), strict=True))
+        lines = ['device = "cuda" if torch.cuda.is_available() else "cpu"']
+        for tensor in self.origin.tensors:
+            shape = tuple(_example(each) for each in tensor.shape)
+            draw = f"torch.randn({shape}, device=device).to({tensor.dtype})"
+            if not tensor.dtype.is_floating_point:
+                draw = f"torch.randint(1, 100, {shape}, dtype={tensor.dtype}, device=device)"
+            lines.append(f"{tensor.name} = {draw}")
+        count = len(self.views)
+        given = [f"[{', '.join(each.name for each in self.origin.tensors)}]"]
+        if not isinstance(self.kernel, CastKernel):
+            given.append(f"sizes=[{_example(self.extents[1])}]")
+        if not isinstance(self.kernel, DecodeKernel) and any(cast.random for cast in self.kernel.casts):
+            lines.append("seed = torch.ones(1, dtype=torch.int64, device=device)")
+            given += ["seed=seed", f"uses={list(range(count))}", f"spins={list(range(2 * count))}"]
+        lines += [f"for part in launch({', '.join(given)}):", "    print(tuple(part.shape), part.dtype)"]
+        body = "\n".join(f"    {line}" for line in lines)
         return f'''def main():
     """Runs the kernel on example inputs and prints what it writes."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x0 = torch.randn({shape}, device=device).to({self.kernel.dtype})
-    for part in launch([x0]):
-        print(tuple(part.shape), part.dtype)
+{body}
 
 
 if __name__ == "__main__":
     main()
 '''
 
-    def _entries(self, writes: list[Function]) -> tuple[Entry, ...]:
-        sizes = tuple(Argument(each.text, "i32", 4096, each.divides(16)) for each in self.extents if each.known is None)
-        x0 = Argument("x0", pointer(self.kernel.dtype))
-        peaks = (Argument("peaks", "*i32"),) if self.distinct else ()
-        parts = tuple(Argument(name, pointer(dtype)) for name, dtype in self._parts(writes))
-        warps, stages = self.schedule.warps, self.schedule.stages
-        amax = (Entry("amax_kernel", (x0, *peaks, *sizes), warps, stages),) if self.distinct else ()
-        return (*amax, Entry("cast_kernel", (x0, *peaks, *parts, *sizes), warps, stages))
+
+def _part(part: str, view: View) -> tuple[torch.dtype, tuple[Extent, Extent], bool]:
+    """(dtype, sizes, whether it starts as zeros) of a part of an output."""
+    rows, cols = view.extents
+    if part == "codes":
+        return view.quant.storage, (rows, cols.blocks(2) if view.quant.packed else cols), False
+    if part == "values":
+        return torch.bfloat16, (rows, cols), False
+    if part == "mask":
+        return torch.uint8, (rows, cols.blocks(8)), False
+    if part == "outer":
+        return torch.float32, (Extent.number(1), Extent.number(1)), False
+    rows, cols = view.scale_extents
+    if not view.output.tiled:
+        return view.quant.scale_storage, (rows, cols), False
+    # Tiles of scales are padded with 0.
+    return view.quant.scale_storage, (rows.padded(128), cols.padded(4)), not (rows.divides(128) and cols.divides(4))
 
 
-def _host(extent: Extent) -> str:
-    return str(extent.known) if extent.known is not None else extent.text
-
-
-def _text(function: Function) -> str:
-    parameters = ", ".join(["x", "row0", "col0", *function.arguments])
-    body = "\n".join(f"    {line}" for line in function.lines)
-    return f'@triton.jit\ndef {function.name}({parameters}):\n    """{function.doc}"""\n{body}'
+def _example(extent: Extent) -> int:
+    """A size to show a kernel at."""
+    return extent.known or int(eval(extent.text, {}, {"ROWS": 256, "COLS": 512}))  # noqa: S307

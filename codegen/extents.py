@@ -24,31 +24,40 @@ class Extent:
         value = sizes.values[axis]
         return Extent(("ROWS", "COLS")[axis], int(value) if value.is_Integer else None, value)
 
+    @staticmethod
+    def number(value: int) -> Extent:
+        return Extent(str(value), value, sympy.Integer(value))
+
+    @property
+    def host(self) -> str:
+        """How launchers write it: the constants of kernels are no numbers to them."""
+        return str(self.known) if self.known is not None else self.text
+
     def divides(self, block: int) -> bool:
         """True where `block` provably divides the size."""
         return bool(sympy.Mod(self.divisors, block) == 0)
+
+    def overrun(self, yes: bool) -> Extent:
+        """The same size, where tiles may reach beyond it although they divide it."""
+        return Extent(self.text, self.known, sympy.Symbol("size", integer=True)) if yes else self
 
     def padded(self, block: int) -> Extent:
         """Rounded up to whole blocks."""
         if self.divides(block):
             return self
         if self.known is not None:
-            return _number(-(-self.known // block) * block)
+            return Extent.number(-(-self.known // block) * block)
         text = f"({self.text} + {block - 1}) // {block} * {block}"
         return Extent(f"({text})", None, block * sympy.Symbol("blocks", integer=True))
 
     def blocks(self, block: int) -> Extent:
         """The number of blocks, the last perhaps a part (0: the whole axis is one)."""
         if block == 0:
-            return _number(1)
+            return Extent.number(1)
         if block == 1:
             return self
         if self.known is not None:
-            return _number(-(-self.known // block))
+            return Extent.number(-(-self.known // block))
         if self.divides(block):
             return Extent(f"({self.text} // {block})", None, sympy.cancel(self.divisors / block))
         return Extent(f"(({self.text} + {block - 1}) // {block})", None, sympy.Symbol("blocks", integer=True))
-
-
-def _number(value: int) -> Extent:
-    return Extent(str(value), value, sympy.Integer(value))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from lpcompile.codegen.source import POINTERS
-from lpcompile.formats import E4M3, E5M2, Elem, Float, Int, Quant, Rounding, Rule, Special
+from lpcompile.errors import KernelError
+from lpcompile.formats import BF16, E4M3, E5M2, E8M0, F16, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.fragments", "import it as lpcompile.codegen, not as codegen"
@@ -82,7 +85,7 @@ def magnitude_bits(x):
 ''',
         )
 
-    def _checked_scale(self) -> str:
+    def checked_scale(self) -> str:
         return self.add(
             "checked_scale",
             '''
@@ -114,7 +117,7 @@ def checked_scale(scale, peak_bits):
 
     def peak_scale(self, quant: Quant) -> str:
         """A function from the bits of amax to the block's scale, for one-level rules that know no more than amax."""
-        self._checked_scale()
+        self.checked_scale()
         if quant.rule in (Rule.FLOOR, Rule.MATCHED):
             assert isinstance(quant.elem, Float)
             value = f"{self.power_of_two(quant.rule, quant.elem.emax)}(peak)"
@@ -128,9 +131,9 @@ def block_scale(peak_bits):
     peak = peak_bits.to(tl.float32, bitcast=True)
     return checked_scale({value}{zero}, peak_bits)
 '''
-        return self._numbered("block_scale", text)
+        return self.numbered("block_scale", text)
 
-    def _numbered(self, name: str, text: str) -> str:
+    def numbered(self, name: str, text: str) -> str:
         """Adds a fragment under `name`, or with a number where a different one has it already."""
         text = text.strip("\n")
         for index in range(len(self._texts) + 1):
@@ -159,6 +162,60 @@ def inverse_power_of_two(scale):
 def e8m0(scale):
     """The byte of a power of two, 255 for NaN."""
     return ((scale.to(tl.int32, bitcast=True) >> 23) & 0xFF).to(tl.uint8)
+''',
+        )
+
+    # ---- numbers -------------------------------------------------------------------------------------------------
+
+    def rounded(self, value: str, dtype: torch.dtype) -> str:
+        """An expression for an FP32 tile rounded to a dtype, to nearest even."""
+        if dtype == torch.float32:
+            return value
+        if dtype == torch.float16:
+            return f"{value}.to(tl.float16)"
+        if not self.interpreted:
+            return f"{value}.to(tl.bfloat16)"
+        name = self.add(
+            "to_bf16",
+            '''
+def to_bf16(x):
+    """BF16, rounded to nearest even: the interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+''',
+        )
+        return f"{name}({value})"
+
+    def divide(self) -> str:
+        """A function (x, scale) -> x / scale, correctly rounded; scale broadcasts to x."""
+        if self.interpreted:
+            return self.add(
+                "divide",
+                '''
+def divide(x, scale):
+    """x / scale, correctly rounded."""
+    return tl.div_rn(x, scale)
+''',
+            )
+        self.inverse_power_of_two()
+        # A true division costs a dozen instructions an element, this five: a scale serves many.
+        return self.add(
+            "divide",
+            '''
+def divide(x, scale):
+    """x / scale, correctly rounded: the quotient by the reciprocal, mended by its exact remainder (Markstein 1990)."""
+    # Between 1 and 2 neither the reciprocal nor a remainder overflows or vanishes.
+    unit = tl.maximum(scale.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
+    per_unit = inverse_power_of_two(unit)
+    scale = scale * per_unit
+    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    near = x * per_unit
+    quotient = near * reciprocal
+    quotient = tl.fma(tl.fma(-scale, quotient, near), reciprocal, quotient)
+    # The remainder of -0 is +0: its sign comes back.
+    sign = x.to(tl.int32, bitcast=True) & -0x80000000
+    return (quotient.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 ''',
         )
 
@@ -194,7 +251,26 @@ def saturate(x, low: tl.constexpr, high: tl.constexpr):
         """A function from scaled values (and noise, where rounding is stochastic) to codes in the storage dtype."""
         if isinstance(elem, Int):
             return self._encode_int(elem, rounding)
+        if rounding is Rounding.RTNE and (elem in (F32, BF16, F16) or self.native(elem)):
+            return self._convert(elem)
         return self._encode_float(elem, rounding)
+
+    def _convert(self, elem: Float) -> str:
+        """Codes that a conversion makes."""
+        if elem in NATIVE:
+            value = f"scaled.to(tl.{NATIVE[elem]})"
+        else:
+            self.clamp()
+            assert elem.torch_dtype is not None
+            value = self.rounded(f"saturate(scaled, {-elem.max!r}, {elem.max!r})", elem.torch_dtype)
+        return self.add(
+            f"encode_{elem}",
+            f'''
+def encode_{elem}(scaled):
+    """{elem} codes, rounded to nearest even, saturating."""
+    return {value}
+''',
+        )
 
     def _encode_int(self, elem: Int, rounding: Rounding) -> str:
         storage = "int8" if elem.bits <= 8 else "int16"
@@ -209,11 +285,11 @@ def encode_{elem}(scaled):
 '''
             return self.add(f"encode_{elem}", text)
         argument, _ = _units(rounding)
-        self._whole_units(rounding)
+        whole = self._whole_units(rounding)
         text = f'''
 def encode_{elem}_{rounding}(scaled{argument}):
     """{elem} codes, {_ROUNDED[rounding]}."""
-    units = whole_units(tl.minimum(tl.abs(scaled), {max(elem.max, -elem.min)!r}){argument})
+    units = {whole}(tl.minimum(tl.abs(scaled), {max(elem.max, -elem.min)!r}){argument})
     code = tl.where(scaled < 0, -units, units)
     return tl.minimum(tl.maximum(code, {int(elem.min)}), {int(elem.max)}).to(tl.{storage})
 '''
@@ -221,7 +297,7 @@ def encode_{elem}_{rounding}(scaled{argument}):
 
     def _whole_units(self, rounding: Rounding) -> str:
         argument, value = _units(rounding)
-        return self._numbered(
+        return self.numbered(
             "whole_units",
             f'''
 def whole_units(magnitude{argument}):
@@ -233,35 +309,132 @@ def whole_units(magnitude{argument}):
 
     def _encode_float(self, elem: Float, rounding: Rounding) -> str:
         """Codes by integer arithmetic: units of the binade's step, added to the code of the binade."""
-        name = f"encode_{elem}" + ("" if rounding is Rounding.RTNE else f"_{rounding}")
-        argument, _ = _units(rounding)
         low = elem.emin + 127
-        if rounding is Rounding.RTNE:
-            units = f"""
-    # Adding 2^23 steps leaves the number of steps, rounded to nearest even, in the mantissa.
-    magic = (exponent + {23 - elem.man}) << 23
-    units = (magnitude.to(tl.float32, bitcast=True) + magic.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True) - magic
-"""
-        else:
-            whole = self._whole_units(rounding)
-            units = f"""
-    per_step = (({254 + elem.man} - exponent) << 23).to(tl.float32, bitcast=True)
-    units = {whole}(magnitude.to(tl.float32, bitcast=True) * per_step{argument})
-"""
         sign = f"((bits >> {31 - elem.exp - elem.man}) & {1 << (elem.exp + elem.man)})"
         signed = f"tl.where(code == 0, 0, {sign})" if elem.special is Special.FNUZ else sign
         storage = "uint8" if elem.bits <= 8 else "int16"
+        code = f"(code | {signed}).to(tl.{storage})" + (".to(tl.float16, bitcast=True)" if elem == F16 else "")
+        name, argument, lines = self._in_steps("encode", elem, rounding)
         text = f'''
 def {name}(scaled{argument}):
     """{elem} codes, {_ROUNDED[rounding]}, saturating."""
-    bits = scaled.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(bits & 0x7FFFFFFF, {_bits(elem.max)})
-    exponent = tl.maximum(magnitude >> 23, {low})
-{units.strip(chr(10))}
+{lines}
     code = ((exponent - {low}) << {elem.man}) + units
-    return (code | {signed}).to(tl.{storage})
+    return {code}
 '''
         return self.add(name, text)
+
+    def grid(self, elem: Elem, rounding: Rounding) -> str:
+        """A function from scaled values (and noise) to the values that codes stand for, in FP32."""
+        if isinstance(elem, Int):
+            argument, _ = _units(rounding)
+            text = f'''
+def grid_{elem}(scaled{argument}):
+    """What {elem} codes stand for."""
+    return {self._encode_int(elem, rounding)}(scaled{argument}).to(tl.float32)
+'''
+            return self.numbered(f"grid_{elem}", text)
+        if rounding is Rounding.RTNE and self.native(elem):
+            text = f'''
+def grid_{elem}(scaled):
+    """Values of {elem}, rounded to nearest even, saturating."""
+    return scaled.to(tl.{NATIVE[elem]}).to(tl.float32)
+'''
+            return self.add(f"grid_{elem}", text)
+        name, argument, lines = self._in_steps("grid", elem, rounding)
+        step = f"((exponent - {elem.man}) << 23).to(tl.float32, bitcast=True)"
+        # NaN has to stay NaN here: block scales go through this too.
+        text = f'''
+def {name}(scaled{argument}):
+    """Values of {elem}, {_ROUNDED[rounding]}, saturating."""
+{lines}
+    value = units.to(tl.float32) * {step}
+    value = (value.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    return tl.where(scaled == scaled, value, scaled)
+'''
+        return self.add(name, text)
+
+    def _in_steps(self, verb: str, elem: Float, rounding: Rounding) -> tuple[str, str, str]:
+        """(name, further argument, lines that find `bits`, `exponent` and `units`) of a function of scaled values."""
+        low = elem.emin + 127
+        if low <= elem.man or elem.emax + 127 + 23 - elem.man > 254:
+            raise KernelError(f"{elem}: codes near the ends of FP32's range are not generated")
+        argument, _ = _units(rounding)
+        lines = [
+            "    bits = scaled.to(tl.int32, bitcast=True)",
+            f"    magnitude = tl.minimum(bits & 0x7FFFFFFF, {_bits(elem.max)})",
+            f"    exponent = tl.maximum(magnitude >> 23, {low})",
+        ]
+        if rounding is Rounding.RTNE:
+            lines += [
+                "    # Adding 2^23 steps leaves the number of steps, rounded to nearest even, in the mantissa.",
+                f"    magic = (exponent + {23 - elem.man}) << 23",
+                "    shifted = magnitude.to(tl.float32, bitcast=True) + magic.to(tl.float32, bitcast=True)",
+                "    units = shifted.to(tl.int32, bitcast=True) - magic",
+            ]
+        else:
+            lines += [
+                f"    per_step = (({254 + elem.man} - exponent) << 23).to(tl.float32, bitcast=True)",
+                f"    units = {self._whole_units(rounding)}(magnitude.to(tl.float32, bitcast=True) * per_step{argument})",
+            ]
+        name = f"{verb}_{elem}" + ("" if rounding is Rounding.RTNE else f"_{rounding}")
+        return name, argument, "\n".join(lines)
+
+    # ---- codes back to values ------------------------------------------------------------------------------------
+
+    def decode(self, elem: Elem) -> str:
+        """A function from unpacked codes to FP32 values."""
+        if isinstance(elem, Int) or elem in (F32, BF16, F16) or self.native(elem):
+            return self.add("code_values", "def code_values(code):\n    return code.to(tl.float32)")
+        magnitude = (1 << (elem.exp + elem.man)) - 1
+        half = (126 + elem.emin) // 2
+        lines = [
+            "bits = code.to(tl.int32)",
+            f"magnitude = bits & {magnitude}",
+            "# The exponent lands in FP32's; two factors mend the bias, because one may exceed FP32.",
+            f"value = (magnitude << {23 - elem.man}).to(tl.float32, bitcast=True)",
+            f"value = value * {2.0**half!r} * {2.0 ** (126 + elem.emin - half)!r}",
+        ]
+        if elem.special is Special.FN:
+            lines.append(f'value = tl.where(magnitude == {magnitude}, float("nan"), value)')
+        if elem.special is Special.IEEE:
+            top = ((1 << elem.exp) - 1) << elem.man
+            lines.append(f'value = tl.where(magnitude == {top}, float("inf"), value)')
+            lines.append(f'value = tl.where(magnitude > {top}, float("nan"), value)')
+        lines.append(f"value = tl.where((bits & {magnitude + 1}) != 0, -value, value)")
+        if elem.special is Special.FNUZ:
+            lines.append(f'value = tl.where((bits & {2 * magnitude + 1}) == {magnitude + 1}, float("nan"), value)')
+        body = "\n".join(f"    {line}" for line in [*lines, "return value"])
+        return self.add(f"decode_{elem}", f'def decode_{elem}(code):\n    """FP32 values of {elem} codes."""\n{body}')
+
+    def decode_scale(self, quant: Quant) -> str:
+        """A function from stored block scales to FP32."""
+        if quant.scale == E8M0:
+            return self.add(
+                "from_e8m0",
+                '''
+def from_e8m0(byte):
+    """The power of two of a byte; 255 is NaN, 0 is 2^-127, a subnormal number of FP32."""
+    bits = tl.maximum(byte.to(tl.int32) << 23, 1 << 22)
+    return tl.where(byte == 255, float("nan"), bits.to(tl.float32, bitcast=True))
+''',
+            )
+        return self.decode(quant.scale)
+
+    def unpack_nibbles(self, signed: bool) -> str:
+        """A function from bytes to two 4-bit codes each; signed: as signed integers."""
+        sign = "code = tl.where(code > 7, code - 16, code)" if signed else ""
+        lines = [
+            "low = (packed & 15).to(tl.int32)",
+            "high = (packed >> 4).to(tl.int32)",
+            "code = tl.reshape(tl.join(low, high), (packed.shape[0], packed.shape[1] * 2))",
+            *([sign] if signed else []),
+            "return code",
+        ]
+        body = "\n".join(f"    {line}" for line in lines)
+        return self.numbered(
+            "unpack_nibbles", f'def unpack_nibbles(packed):\n    """Two codes a byte, the low nibble first."""\n{body}'
+        )
 
 
 _ROUNDED = {
@@ -292,6 +465,9 @@ def _spell(quant: Quant) -> str:
     return f"{quant.rule} for {quant.elem}" + (f", clip {quant.clip!r}" if quant.clip != 1.0 else "")
 
 
-def pointer(dtype: object) -> str:
+NATIVE = {E4M3: "float8e4nv", E5M2: "float8e5"}  # Triton's names
+
+
+def pointer(dtype: torch.dtype) -> str:
     """The Triton type of a pointer to a torch dtype."""
-    return POINTERS[dtype]  # type: ignore[index]
+    return POINTERS[dtype]

@@ -6,12 +6,18 @@ gemm_schedules(kernel, sizes, target)      -> candidates, the model's choice fir
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
+from lpcompile.codegen import gemm_after as after
 from lpcompile.codegen import gemm_body as body
+from lpcompile.codegen import gemm_turn
+from lpcompile.codegen.gemm_launch import launch, tile_of
 from lpcompile.codegen.gemm_main import main_lines
-from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
-from lpcompile.codegen.gemm_schedule import gemm_schedules
+from lpcompile.codegen.gemm_plan import Instruction, Plan
+from lpcompile.codegen.gemm_schedule import PROCESSORS, gemm_schedules
+from lpcompile.codegen.gemm_vendor import plan_of, vendor_text
 from lpcompile.codegen.hopper import emit_hopper
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.kernel import GemmKernel
@@ -20,14 +26,20 @@ from lpcompile.target import Target
 assert __name__ == "lpcompile.codegen.gemm", "import it as lpcompile.codegen, not as codegen"
 __all__ = ["emit_gemm", "gemm_schedules"]
 
-# Multiprocessors of a common card of each kind: an example for compiling without a device.
-_PROCESSORS = {"sm_80": 108, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 188}
-
 
 def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
     """The module for a product. Raises KernelError for one that is not written here."""
     if schedule.specialized:
         return emit_hopper(kernel, sizes, target, schedule)
+    if schedule.vendor:
+        return Source(
+            kernel,
+            sizes,
+            target,
+            schedule,
+            vendor_text(kernel, sizes, target, schedule),
+            _vendor_entries(schedule, kernel, sizes, target),
+        )
     plan = Plan.of(kernel, sizes, target, schedule)
     text = "\n".join(
         [
@@ -41,8 +53,9 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
             "",
             *_fragments(plan),
             *body.gemm(plan),
+            *(["", *body.added(plan, schedule.split)] if schedule.split > 1 else []),
             "",
-            *_launch(plan),
+            *launch(plan),
             "",
             *main_lines(plan),
         ]
@@ -53,6 +66,7 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
 def _imports(plan: Plan) -> list[str]:
     described = plan.stored or any(plan.described(o) for o in plan.operands)
     return [
+        *(["import functools", ""] if plan.in_memory and any(f.base for f in gemm_turn.factors(plan)) else []),
         "import torch",
         "import triton",
         "import triton.language as tl",
@@ -74,87 +88,63 @@ def _fragments(plan: Plan) -> list[str]:
         lines += [*body.E8M0.splitlines(), ""]
     if body.needs_scaling(plan):
         lines += [*body.scaled(plan), ""]
-    return lines
-
-
-# ---- the launch --------------------------------------------------------------------------------------------------
-
-
-def _descriptor(plan: Plan, o: Operand) -> str:
-    outer, inner = plan.tile[o.outer], plan.tile[2] // o.packed
-    return f"TensorDescriptor.from_tensor({o.name}, {[outer, inner] if o.k_last else [inner, outer]})"
-
-
-def _shape(o: Operand) -> str:
-    size = ("M", "N")[o.outer]
-    return f"{size}, K = {o.name}.shape" if o.k_last else f"K, {size} = {o.name}.shape"
-
-
-def _launch(plan: Plan) -> list[str]:
-    """The function that the operator calls."""
-    names = [name for o in plan.operands for name in o.names] + (["bias"] if plan.kernel.bias else [])
-    arguments = []
-    for name in body.gemm_names(plan):
-        operand = next((o for o in plan.operands if o.name == name), None)
-        described = plan.stored if name == "out" else operand is not None and plan.described(operand)
-        tile = f"TensorDescriptor.from_tensor(out, {list(plan.tile[:2])})"
-        arguments.append(name if not described else tile if operand is None else _descriptor(plan, operand))
-    tiles = "triton.cdiv(M, BLOCK_M.value) * triton.cdiv(N, BLOCK_N.value)"
-    persistent = plan.schedule.persistent
-    lines = [
-        f"{', '.join(names)} = map(ready, inputs)",
-        "; ".join(dict.fromkeys((_shape(plan.a), _shape(plan.b)))).replace("; ", "\n    "),
-        *(["K = 2 * K"] if plan.a.packed == 2 else []),
-        f"out = torch.empty((M, N), dtype={plan.kernel.out}, device=a.device)",
-        f"tiles = {tiles}",
-        *(["programs = min(tiles, processors(a.device))"] if persistent else []),
-        f"gemm[({'programs' if persistent else 'tiles'},)](",
-        *(f"    {argument}," for argument in [*arguments, "M", "N", "K", *(["programs"] if persistent else [])]),
-        f"    num_warps={plan.schedule.warps},",
-        f"    num_stages={plan.schedule.stages},",
-        "    enable_fp_fusion=False,",
-        ")",
-        "return [out]",
-    ]
-    return [*body.READY, *(_PROCESSORS_TEXT if persistent else []), "", *body.LAUNCH_HEAD, *body.indented(lines), ""]
-
-
-_PROCESSORS_TEXT = [
-    "",
-    "def processors(device):",
-    '    """Programs that run at once. (The interpreter has no multiprocessors: some tiles for each of two programs.)"""',
-    '    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2',
-    "",
-]
+    return [*lines, *after.fragments(plan), *(gemm_turn.functions(plan) if plan.in_memory else [])]
 
 
 # ---- what is compiled --------------------------------------------------------------------------------------------
 
 
 def _entries(plan: Plan) -> tuple[Entry, ...]:
-    arguments = [_argument(plan, name) for name in body.gemm_names(plan)]
-    arguments += [
-        Argument(axis, "i32", plan.sizes.hint(place), plan.sizes.divides(16, place))
-        for place, axis in enumerate(("M", "N", "K"))
-    ]
+    arguments = [_argument(plan, name) for name in body.gemm_arguments(plan)]
     if plan.schedule.persistent:
-        arguments.append(Argument("PROGRAMS", "constexpr", _PROCESSORS.get(plan.target.name, 2)))
-    return (Entry("gemm", tuple(arguments), plan.schedule.warps, plan.schedule.stages),)
+        arguments.append(Argument("PROGRAMS", "constexpr", PROCESSORS.get(plan.target.name, 2)))
+    entries = [Entry("gemm", tuple(arguments), plan.schedule.warps, plan.schedule.stages)]
+    if plan.schedule.split > 1:
+        entries.append(Entry("added", tuple(_argument(plan, name) for name in body.added_arguments(plan)), 4, 2))
+    return (*entries, *(gemm_turn.entries(plan) if plan.in_memory else []))
+
+
+def _vendor_entries(schedule: Schedule, kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[Entry, ...]:
+    if schedule.vendor != "int_mm":
+        return ()
+    plan = plan_of(kernel, sizes, target)
+    return (Entry("added", tuple(_argument(plan, name) for name in body.added_arguments(plan)), 4, 2),)
 
 
 def _argument(plan: Plan, name: str) -> Argument:
-    m, n, k = plan.tile
+    if name in _SIZES:
+        axis = _SIZES[name]
+        known = plan.size(axis) if name in "MNK" else Sizes((plan.sizes.values[axis],))
+        return Argument(name, "i32", known.hint(0), known.divides(16, 0))
+    if name.startswith("spin"):
+        return Argument(name, "i32", 1, False)
     for o in plan.operands:
         if name == o.name:
-            if not plan.described(o):
-                return Argument(name, POINTERS[o.dtype])
-            outer, inner = plan.tile[o.outer], k // o.packed
-            shape = f"{outer},{inner}" if o.k_last else f"{inner},{outer}"
-            return Argument(name, f"tensordesc<{POINTERS[o.dtype][1:]}[{shape}]>")
+            pointer = POINTERS[o.dtype]
+            return Argument(name, described_type(pointer, tile_of(plan, o)) if plan.described(o) else pointer)
         if name == f"{o.name}_scale":
             assert o.side.quant is not None
             return Argument(name, POINTERS[o.side.quant.scale_storage])
-    if name.endswith("_outer"):
-        return Argument(name, "*fp32")
-    result = POINTERS[plan.kernel.out]
-    return Argument(name, f"tensordesc<{result[1:]}[{m},{n}]>" if name == "out" and plan.stored else result)
+    if name == "out":
+        pointer = POINTERS[plan.written]
+        return Argument(name, described_type(pointer, plan.tile[:2]) if plan.stored else pointer)
+    return Argument(name, POINTERS[_dtype(plan, name)])
+
+
+_SIZES = {"M": 0, "N": 1, "K": 2, "R": 0, "C": 1}
+
+
+def described_type(pointer: str, tile: Sequence[int]) -> str:
+    """The type of a tensor descriptor."""
+    return f"tensordesc<{pointer[1:]}[{','.join(map(str, tile))}]>"
+
+
+def _dtype(plan: Plan, name: str) -> torch.dtype:
+    """The dtype of an argument that is no part of an operand."""
+    if name == "bias":
+        return plan.kernel.out
+    if name.startswith("x"):
+        assert plan.kernel.then is not None
+        return plan.kernel.then.inputs[int(name[1:]) - 1].dtype
+    sums = torch.int32 if plan.instruction is Instruction.INT8 else torch.float32
+    return {"parts": sums, "mask": torch.uint8, "seed": torch.int64}.get(name, torch.float32)

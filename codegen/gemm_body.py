@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from lpcompile.codegen import gemm_after
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
 
 assert __name__ == "lpcompile.codegen.gemm_body", "import it as lpcompile.codegen, not as codegen"
 
-TRITON = {torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.float32: "tl.float32"}
 Lines = list[str]
 
 PLACE = '''
@@ -124,21 +124,31 @@ def needs_scaling(plan: Plan) -> bool:
 
 
 def pointers(plan: Plan, o: Operand) -> Lines:
-    """Pointers of an operand's first tile, where it has no descriptor."""
-    index, size = (("rows", "M"), ("cols", "N"))[o.outer]
+    """Where an operand's first tile lies and the offsets in it, where it has no descriptor."""
+    start, size = (("row", "M"), ("col", "N"))[o.outer]
     step = "BLOCK_K" if o.packed == 1 else f"BLOCK_K // {o.packed}"
-    span = f"tl.arange(0, {step})"
-    k_first = "" if plan.schedule.split == 1 else f"first * {step.replace(' // ', ' // ')}"
+    outer = f"tl.arange(0, BLOCK_{size})"
+    first = f"tl.cast(first, tl.int64) * ({step})"
+    split = plan.schedule.split > 1
     if not o.k_last:
-        outer, inner = ("None, :", ":, None") if o.outer == 1 else (":, None", "None, :")
-        start = f"(first * BLOCK_K + {span})" if k_first else span
-        return [f"{o.name}_tile = {o.name} + {start}[{inner}].to(tl.int64) * {size} + {index}[{outer}]"]
-    outer, inner = (":, None", "None, :") if o.outer == 0 else ("None, :", ":, None")
-    length = "K" if o.packed == 1 else f"(K // {o.packed})"
-    # Rows past the end read others: what comes of them is not stored.
-    row = index if plan.exact(o.outer) else f"({index} % {size})"
-    start = f" + first * ({step})" if k_first else ""
-    return [f"{o.name}_tile = {o.name} + {row}[{outer}].to(tl.int64) * {length} + {span}[{inner}]{start}"]
+        base = f"{o.name} + {start}" + (f" + {first} * {size}" if split else "")
+        offsets = f"tl.arange(0, {step}){_k(o)} * {size} + {outer}{_outer(o)}"
+    else:
+        length = "K" if o.packed == 1 else f"(K // {o.packed})"
+        base = f"{o.name} + tl.cast({start}, tl.int64) * {length}" + (f" + {first}" if split else "")
+        # Rows past the end read the last one again: what comes of them is not stored.
+        rows = outer if plan.exact(o.outer) else f"tl.minimum({outer}, {size} - 1 - {start})"
+        offsets = f"{rows}{_outer(o)} * {length} + tl.arange(0, {step}){_k(o)}"
+    # 64-bit addresses for all of a tile would cost twice the registers of offsets.
+    return [f"{o.name}_tile = {base}", f"{o.name}_offsets = {offsets}"]
+
+
+def _outer(o: Operand) -> str:
+    return "[:, None]" if o.outer == 0 else "[None, :]"
+
+
+def _k(o: Operand) -> str:
+    return "[None, :]" if o.outer == 0 else "[:, None]"
 
 
 def load(plan: Plan, o: Operand) -> str:
@@ -152,13 +162,13 @@ def load(plan: Plan, o: Operand) -> str:
     if not plan.exact(2):
         left, each = ("K", "BLOCK_K") if o.packed == 1 else (f"K // {o.packed}", f"(BLOCK_K // {o.packed})")
         span = f"tl.arange(0, {each})"
-        conditions.append(f"({span} < {left} - step * {each})[{'None, :' if o.outer == 0 else ':, None'}]")
+        conditions.append(f"({span} < {left} - step * {each}){_k(o)}")
     if not o.k_last and not plan.exact(o.outer):
-        index, size = (("rows", "M"), ("cols", "N"))[o.outer]
-        conditions.append(f"({index} < {size})[{':, None' if o.outer == 0 else 'None, :'}]")
+        size = ("M", "N")[o.outer]
+        conditions.append(f"(tl.arange(0, BLOCK_{size}) < {size} - {start}){_outer(o)}")
     zero = "0" if o.dtype in (torch.int8, torch.uint8) else "0.0"
     mask = f", mask={' & '.join(conditions)}, other={zero}" if conditions else ""
-    return f"tl.load({o.name}_tile{mask})"
+    return f"tl.load({o.name}_tile + {o.name}_offsets{mask})"
 
 
 def advance(plan: Plan, o: Operand) -> Lines:
@@ -167,7 +177,7 @@ def advance(plan: Plan, o: Operand) -> Lines:
         return []
     step = "BLOCK_K" if o.packed == 1 else f"BLOCK_K // {o.packed}"
     size = ("M", "N")[o.outer]
-    return [f"{o.name}_tile += {step}" if o.k_last else f"{o.name}_tile += BLOCK_K * {size}.to(tl.int64)"]
+    return [f"{o.name}_tile += {step}" if o.k_last else f"{o.name}_tile += BLOCK_K * {size}"]
 
 
 def group_scale(plan: Plan, o: Operand) -> tuple[str, str]:
@@ -233,13 +243,48 @@ def promoted(plan: Plan) -> Lines:
     return inside
 
 
+def block_scales(plan: Plan, o: Operand) -> str:
+    """The load of a step's scales [BLOCK_M or BLOCK_N, BLOCK_K / group] as `tl.dot_scaled` takes them."""
+    start, size = (("row", "M"), ("col", "N"))[o.outer]
+    span, groups = f"{start} + tl.arange(0, BLOCK_{size})", f"tl.cdiv(K, {o.group})"
+    block = o.side.outer_block()
+    where = f"({span})" if block == 1 else f"(({span}) // {block})"
+    ks = f"(tl.arange(0, BLOCK_K // {o.group}) + step * (BLOCK_K // {o.group}))"
+    if o.k_last:
+        address = f"{where}[:, None] * {groups} + {ks}[None, :]"
+    else:
+        address = f"{ks}[None, :] * {size if block == 1 else f'tl.cdiv({size}, {block})'} + {where}[:, None]"
+    conditions = [] if plan.exact(o.outer) else [f"({span} < {size})[:, None]"]
+    conditions += [] if plan.exact(2) else [f"({ks} < {groups})[None, :]"]
+    assert o.side.quant is not None
+    zero = "0" if o.side.quant.scale_storage == torch.uint8 else "0.0"
+    mask = f", mask={' & '.join(conditions)}, other={zero}" if conditions else ""
+    return f"tl.load({o.name}_scale + {address}{mask})"
+
+
+def scaled_dot(plan: Plan) -> Lines:
+    """A step of the loop where the instruction takes the block scales."""
+    tiles = [f'{load(plan, o)}, {o.name}_scales, "{o.format}"' for o in plan.operands]
+    scales = [f"{o.name}_scales = {block_scales(plan, o)}" for o in plan.operands]
+    return [*scales, f"acc = tl.dot_scaled({tiles[0]}, {tiles[1]}, acc)"]
+
+
+def step(plan: Plan) -> Lines:
+    """What one step of the loop adds to `acc`."""
+    if plan.instruction is Instruction.SCALED:
+        return scaled_dot(plan)
+    if plan.group:
+        return promoted(plan)
+    return [f"acc = {dot(plan, load(plan, plan.a), load(plan, plan.b), 'acc')}"]
+
+
 def loop(plan: Plan) -> Lines:
     """The sum over K into `acc`."""
     lines: Lines = []
     for o in plan.operands:
         lines += [] if plan.described(o) else pointers(plan, o)
     zero = "tl.int32" if plan.instruction is Instruction.INT8 else "tl.float32"
-    inside = promoted(plan) if plan.group else [f"acc = {dot(plan, load(plan, plan.a), load(plan, plan.b), 'acc')}"]
+    inside = step(plan)
     lines += [f"acc = tl.zeros((BLOCK_M, BLOCK_N), {zero})"]
     span = "tl.cdiv(K, BLOCK_K)" if plan.schedule.split == 1 else "first, last"
     inside += [line for o in plan.operands for line in advance(plan, o)]
@@ -252,54 +297,90 @@ def loop(plan: Plan) -> Lines:
 SPANS = ["rows = row + tl.arange(0, BLOCK_M)", "cols = col + tl.arange(0, BLOCK_N)"]
 
 
-def edge(plan: Plan, rows: str = "M", cols: str = "N") -> str:
+def edge(plan: Plan) -> str:
     """The mask argument of a store."""
+    rows, cols = plan.result_names
     found = [] if plan.exact(0) else [f"(rows < {rows})[:, None]"]
     found += [] if plan.exact(1) else [f"(cols < {cols})[None, :]"]
     return f", mask={' & '.join(found)}" if found else ""
 
 
-def store(plan: Plan, value: str) -> str:
+def store(plan: Plan) -> str:
     """Writes the tile."""
     if plan.stored:
-        return f"out.store([row, col], {value})"
-    return f"tl.store(out + rows[:, None].to(tl.int64) * N + cols[None, :], {value}{edge(plan)})"
+        return "out.store([row, col], result)"
+    return f"tl.store(out + rows[:, None].to(tl.int64) * {plan.result_names[1]} + cols[None, :], result{edge(plan)})"
 
 
 def finish(plan: Plan) -> Lines:
     """From the sum to the stored result."""
-    lines = []
-    if needs_scaling(plan):
-        lines.append(f"acc = scaled({', '.join(['acc', 'rows', 'cols', 'M', 'N', *scaled_arguments(plan)])})")
-    value = "acc" if plan.kernel.out == torch.float32 else f"acc.to({TRITON[plan.kernel.out]})"
-    return [*lines, store(plan, value)]
+    scaling = [f"acc = scaled({', '.join(['acc', 'rows', 'cols', 'M', 'N', *scaled_arguments(plan)])})"]
+    return [*(scaling if needs_scaling(plan) else []), *gemm_after.steps(plan), store(plan)]
 
 
-def tile_lines(plan: Plan) -> Lines:
-    """What one program does for one tile."""
-    described = all(plan.described(o) for o in plan.operands)
-    before, after = ([], SPANS) if described else (SPANS, [])
-    return ["row, col = place(tile, M, N)", *before, *loop(plan), *after, *finish(plan)]
+def loop_arguments(plan: Plan) -> list[str]:
+    """Names of the tensors that the sum over K reads."""
+    scaled = plan.group or plan.instruction is Instruction.SCALED
+    scales = [f"{o.name}_scale" for o in plan.operands if scaled and o.group]
+    return [*(o.name for o in plan.operands), *scales]
 
 
-def gemm_names(plan: Plan) -> list[str]:
-    """The tensors that the kernel reads and writes, in order."""
-    names = []
-    for o in plan.operands:
-        names += [o.name, *(name for name in o.names[1:] if not name.endswith("_mask"))]
-    return [*names, *(["bias"] if plan.kernel.bias else []), "out"]
+def finish_arguments(plan: Plan) -> list[str]:
+    """What the kernel takes for everything after the sum: tensors, the result, sizes."""
+    sizes = ["M", "N", *(plan.result_names if plan.cropped else ())]
+    return [*scaled_arguments(plan), *gemm_after.arguments(plan), "out", *sizes]
+
+
+def gemm_arguments(plan: Plan) -> list[str]:
+    """The arguments of `gemm`, but for constants."""
+    if plan.schedule.split > 1:
+        return [*loop_arguments(plan), "parts", "M", "N", "K"]
+    return [*loop_arguments(plan), *finish_arguments(plan), "K"]
+
+
+def added_arguments(plan: Plan) -> list[str]:
+    """The arguments of `added`."""
+    return ["parts", *finish_arguments(plan)]
 
 
 def gemm(plan: Plan) -> Lines:
     """The kernel itself."""
-    arguments = [*gemm_names(plan), "M", "N", "K"]
-    if plan.schedule.persistent:
-        arguments.append("PROGRAMS: tl.constexpr")
-        tiles = "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)"
-        body = [
-            f"for tile in tl.range(tl.program_id(0), {tiles}, PROGRAMS, flatten=True):",
-            *indented(tile_lines(plan)),
+    arguments = gemm_arguments(plan)
+    tiles = "tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)"
+    if plan.schedule.split > 1:
+        split = plan.schedule.split
+        tiles = f"{tiles} * {split}"
+        span = [
+            f"part = tile % {split}",
+            f"length = tl.cdiv(tl.cdiv(K, BLOCK_K), {split})",
+            "first, last = part * length, min(part * length + length, tl.cdiv(K, BLOCK_K))",
+            f"row, col = place(tile // {split}, M, N)",
         ]
+        inside = "" if plan.exact(0) and plan.exact(1) else ", mask=(rows < M)[:, None] & (cols < N)[None, :]"
+        end = [f"tl.store(parts + (tl.cast(part, tl.int64) * M + rows[:, None]) * N + cols[None, :], acc{inside})"]
+        lines = [*span, *loop(plan), *SPANS, *end]
     else:
-        body = ["tile = tl.program_id(0)", *tile_lines(plan)]
+        lines = ["row, col = place(tile, M, N)", *loop(plan), *SPANS, *finish(plan)]
+    if plan.schedule.persistent:
+        arguments = [*arguments, "PROGRAMS: tl.constexpr"]
+        body = [f"for tile in tl.range(tl.program_id(0), {tiles}, PROGRAMS, flatten=True):", *indented(lines)]
+    else:
+        body = ["tile = tl.program_id(0)", *lines]
     return ["", "@triton.jit", f"def gemm({', '.join(arguments)}):", *indented(body), ""]
+
+
+def added(plan: Plan, count: int) -> Lines:
+    """The kernel that adds `count` parts of a contraction, always in the same order, and finishes the result."""
+    inside = "" if plan.exact(0) and plan.exact(1) else ", mask=(rows < M)[:, None] & (cols < N)[None, :], other=0"
+    zero = "tl.int32" if plan.instruction is Instruction.INT8 else "tl.float32"
+    height, width = plan.added_tile
+    address = "tl.cast(part, tl.int64) * M + rows[:, None]" if count > 1 else "rows[:, None].to(tl.int64)"
+    load = f"tl.load(parts + ({address}) * N + cols[None, :]{inside})"
+    many = [f"acc = tl.zeros(({height}, {width}), {zero})", f"for part in range({count}):", f"    acc += {load}"]
+    lines = [
+        f"rows = tl.program_id(0) * {height} + tl.arange(0, {height})",
+        f"cols = tl.program_id(1) * {width} + tl.arange(0, {width})",
+        *(many if count > 1 else [f"acc = {load}"]),
+        *finish(plan),
+    ]
+    return ["", "@triton.jit", f"def added({', '.join(added_arguments(plan))}):", *indented(lines), ""]

@@ -6,6 +6,7 @@ import torch
 
 from lpcompile.codegen import gemm_body as body
 from lpcompile.codegen.gemm_plan import Operand, Plan
+from lpcompile.recipe import Signs
 
 assert __name__ == "lpcompile.codegen.gemm_main", "import it as lpcompile.codegen, not as codegen"
 
@@ -38,16 +39,25 @@ def _example(plan: Plan, o: Operand) -> list[str]:
 
 def main_lines(plan: Plan) -> list[str]:
     """The `main` of a generated module."""
-    sizes = ", ".join(str(plan.sizes.hint(axis, 256)) for axis in range(3))
+    kernel = plan.kernel
+    m, n, k = (plan.size(axis).hint(0, 256) for axis in range(3))
+    rows, cols = (plan.sizes.hint(axis, 256) for axis in range(2))
     inputs = [line for o in plan.operands for line in _example(plan, o)]
-    inputs += [f"torch.randn(N, device=device).to({plan.kernel.out})"] if plan.kernel.bias else []
+    inputs += [f"torch.randn(N, device=device).to({kernel.out})"] if kernel.bias else []
+    if kernel.mask:
+        shape = "(N, (M + 7) // 8)" if kernel.mask_transposed else "(M, (N + 7) // 8)"
+        inputs.append(f"torch.randint(0, 256, {shape}, dtype=torch.uint8, device=device)")
+    for each in kernel.then.inputs if kernel.then is not None else ():
+        shape = {"r": f"({rows},)", "c": f"({cols},)"}.get(each.vector, f"({rows}, {cols})")
+        inputs.append(f"torch.randn({shape}, device=device).to({each.dtype})")
+    drawn = any(turn is not None and turn.signs is Signs.DRAWN for turn in kernel.undo)
     lines = [
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        f"M, N, K = {sizes}",
+        f"M, N, K = {m}, {n}, {k}",
         "inputs = [",
         *(f"    {line}," for line in inputs),
         "]",
-        "(out,) = launch(inputs, (M, N))",
+        f"(out,) = launch(inputs, ({rows}, {cols}){', torch.tensor([1], device=device), spins=(1, 2)' if drawn else ''})",
         'print(f"{KERNEL}: {tuple(out.shape)} {out.dtype}, rms {out.float().square().mean().sqrt().item():.4g}")',
     ]
     return [

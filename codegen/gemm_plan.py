@@ -5,14 +5,15 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from lpcompile.codegen.source import Schedule, Sizes
 from lpcompile.errors import KernelError
-from lpcompile.formats import E2M1, E4M3, E5M2, E8M0
+from lpcompile.formats import E2M1, E4M3, E5M2, E8M0, Quant
 from lpcompile.kernel import GemmKernel
 from lpcompile.product import Side
-from lpcompile.recipe import DotOperand
+from lpcompile.recipe import DotOperand, Rotation
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.gemm_plan", "import it as lpcompile.codegen, not as codegen"
@@ -105,32 +106,73 @@ class Plan:
             return 0
         return min((o.group for o in self.operands if o.group), default=0)
 
+    @property
+    def in_memory(self) -> bool:
+        """True where rotations are undone by further functions, because no tile holds a block."""
+        return any(turn is not None and not turns_in_tile(turn) for turn in self.kernel.undo)
+
+    @property
+    def written(self) -> torch.dtype:
+        """The dtype of what `gemm` writes."""
+        return self.kernel.out if self.in_memory else self.kernel.result
+
+    @property
+    def cropped(self) -> bool:
+        """True where the product may be larger than what is written: rotations padded its axes to whole blocks."""
+        return not self.in_memory and any(
+            turn is not None and not self.sizes.divides(turn.block, axis) for axis, turn in enumerate(self.kernel.undo)
+        )
+
+    @property
+    def result_names(self) -> tuple[str, str]:
+        """What the kernel calls the sizes of the result; those of the product are M and N."""
+        return ("R", "C") if self.cropped else ("M", "N")
+
+    @property
+    def added_tile(self) -> tuple[int, int]:
+        """The tile in which the parts of a split contraction are added: whole blocks of what is turned back."""
+        least = [0 if turn is None else turn.block for turn in self.kernel.undo]
+        return min(self.tile[0], max(16, least[0])), min(self.tile[1], max(128, least[1]))
+
+    def size(self, axis: int) -> Sizes:
+        """An axis of the product itself, as the only size."""
+        turn = self.kernel.undo[axis] if axis < 2 else None
+        value = self.sizes.values[axis]
+        return Sizes((value if turn is None else sympy.ceiling(value / turn.block) * turn.block,))
+
+    @property
+    def _width(self) -> Sizes:
+        """The columns of what `gemm` writes, as the second size."""
+        return Sizes((self.sizes.values[0], self.size(1).values[0])) if self.in_memory else self.sizes
+
     def exact(self, axis: int) -> bool:
         """True where tiles provably divide the axis, so that nothing of it needs a mask."""
-        return self.sizes.divides(self.tile[axis], axis)
+        return self.sizes.divides(self.tile[axis], axis) and self.size(axis).divides(self.tile[axis], 0)
 
     def described(self, operand: Operand) -> bool:
         """True where the operand comes through a tensor descriptor: its rows must be multiples of 16 bytes."""
         axis = 2 if operand.k_last else operand.outer
-        return self.schedule.tma and self.sizes.divides(16 * operand.packed // operand.dtype.itemsize, axis)
+        return self.schedule.tma and self.size(axis).divides(16 * operand.packed // operand.dtype.itemsize, 0)
 
     @property
     def stored(self) -> bool:
         """True where the result goes through a tensor descriptor."""
-        return self.schedule.tma and self.schedule.split == 1 and self.sizes.divides(16 // self.kernel.result.itemsize, 1)
+        return self.schedule.tma and self.schedule.split == 1 and self._width.divides(16 // self.written.itemsize, 1)
 
     @staticmethod
     def of(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Plan:
         """Raises KernelError for what is not written here: the caller falls back to the reference."""
-        dot = kernel.dot
         instruction = choose(kernel, target)
-        a, b = (
-            Operand(Side((), dot.left, True), _dtype(dot.left, kernel)),
-            Operand(Side((), dot.right, False), _dtype(dot.right, kernel)),
-        )
+        a, b = operands(kernel)
         plan = Plan(kernel, sizes, target, schedule, instruction, a, b)
         _check(plan)
         return plan
+
+
+def operands(kernel: GemmKernel) -> tuple[Operand, Operand]:
+    """Both sides of a product."""
+    left, right = kernel.dot.left, kernel.dot.right
+    return Operand(Side((), left, True), _dtype(left, kernel)), Operand(Side((), right, False), _dtype(right, kernel))
 
 
 def _dtype(operand: DotOperand, kernel: GemmKernel) -> torch.dtype:
@@ -154,28 +196,39 @@ def choose(kernel: GemmKernel, target: Target) -> Instruction:
         raise KernelError(f"{kernel}: {target.name} has no instruction for these codes: let the cast write decoded values (~)")
     if native == "int8":
         return Instruction.INT8
-    scaled = all(
-        q.elem in (E4M3, E5M2, E2M1) and q.block.rows == 1 and _native_group(q.scale == E8M0, q.block.cols) for q in quants
-    )
-    if any(q.elem == E2M1 for q in quants):
+    scaled = all(_scaled(quant) for quant in quants)
+    if any(quant.elem == E2M1 for quant in quants):
         if not scaled:
-            raise KernelError(f"{kernel}: FP4 instructions take scales of 1x32 (e8m0) or 1x16 (e4m3) along the contraction")
+            raise KernelError(f"{kernel}: FP4 instructions take a scale for 32 (e8m0) or 16 (e4m3) codes along the contraction")
         return Instruction.SCALED
     return Instruction.SCALED if scaled and "mx4" in target.rates else Instruction.FP8
 
 
-def _native_group(e8m0: bool, cols: int) -> bool:
-    return cols == (32 if e8m0 else 16)
+def _scaled(quant: Quant) -> bool:
+    """True where an instruction can take the codes with their block scales."""
+    group = 32 if quant.scale == E8M0 else 16 if quant.scale == E4M3 else 0
+    return quant.elem in (E4M3, E5M2, E2M1) and bool(group) and quant.block.cols == group and quant.block.rows > 0
+
+
+def turns_in_tile(turn: Rotation) -> bool:
+    """True where a rotation is a product of each tile with one small matrix."""
+    return turn.block <= 128 and turn.block & (turn.block - 1) == 0
 
 
 def _check(plan: Plan) -> None:
     kernel, step = plan.kernel, plan.tile[2]
     if any(size & (size - 1) for size in plan.tile):
         raise KernelError(f"{kernel}: tiles are powers of two, not {plan.schedule}")
+    for size, turn in zip(plan.tile[:2], plan.kernel.undo, strict=True):
+        if turn is not None and not plan.in_memory and turn.block > size:
+            raise KernelError(f"{kernel}: a tile of {size} has no whole block of {turn.block} to turn back")
     for o in plan.operands:
         if o.packed > 1 and not o.k_last:
             raise KernelError(f"{kernel}: codes of 4 bits must be packed along the contraction")
         if plan.group and o.group and o.group % step:
             raise KernelError(f"{kernel}: steps of {step} along the contraction do not fit scales of {o.group}")
+    least = 32 if plan.instruction in (Instruction.FP8, Instruction.INT8) else 16
+    if step < least:
+        raise KernelError(f"{kernel}: the instruction multiplies {least} codes at once, more than share a scale")
     if plan.group and plan.instruction is Instruction.INT8:
         raise KernelError(f"{kernel}: INT8 codes take scales that are constant along the contraction")

@@ -68,7 +68,7 @@ def run(
     spins: Sequence[int] = (),
 ) -> list[Tensor]:
     """`fused.fused_reference` by a generated kernel."""
-    key = (kernel, *sizes, inputs[0].device, *[(x.shape, x.stride(), x.dtype) for x in inputs])
+    key = _key(inputs, kernel, sizes)
     launch = _LAUNCHES.get(key)
     if launch is None:
         launch = _resolve(inputs, kernel, sizes, seed, uses, spins)
@@ -80,6 +80,15 @@ def run(
         with torch.cuda.device(device):
             return launch(inputs, sizes, seed, uses, spins)
     return launch(inputs, sizes, seed, uses, spins)
+
+
+def _key(inputs: Sequence[Tensor], kernel: str, sizes: Sequence[int]) -> tuple[Any, ...]:
+    return (kernel, *sizes, inputs[0].device, *[(x.shape, x.stride(), x.dtype) for x in inputs])
+
+
+def last_launch(call: Example) -> Launch:
+    """The launch that `run` used for a call like this."""
+    return _LAUNCHES[_key(call.inputs, str(call.kernel), call.sizes)]
 
 
 def _resolve(
@@ -118,24 +127,40 @@ def _chosen(kernel: Kernel, call: Example) -> Launch:
     """The generated launch for a call. Raises KernelError where there is none, or none that can be trusted."""
     device = call.inputs[0].device
     target = find_target("interpret" if device.type == "cpu" else "auto", device)
-    sizes = kernel_sizes(kernel, call.inputs, call.sizes)
-    launch: Launch = module.load(trusted(kernel, sizes, target, device, lambda: call)).launch
-    if device.type == "cuda":
-        # Compiles it, so that a schedule that does not fit shows here.
-        launch(call.inputs, call.sizes, call.seed, call.uses, call.spins)
+    source = trusted(kernel, kernel_sizes(kernel, call.inputs, call.sizes), target, device, lambda: call)
+    launch: Launch = module.load(source).launch
     return launch
 
 
 def trusted(
     kernel: Kernel, sizes: tuple[int, ...], target: Target, device: torch.device, call: Callable[[], Example]
 ) -> Source:
-    """The module to run a kernel with, its schedule measured on `call()`. Raises KernelError where the self-test failed."""
-    schedule = tune.choose(kernel, sizes, target, device, call)
-    if wrong := tune.fault(kernel, sizes, target, schedule, device):
-        raise KernelError(f"its self-test on {target.name} failed ({wrong})")
+    """The module to run a kernel with: the best schedule on `call()` that runs there and passes its self-test.
+
+    Raises KernelError where there is none.
+    """
     seen = _SHAPES.setdefault(str(kernel), set())
     seen.add(sizes)
-    return emit(kernel, _symbols(sizes) if len(seen) > _MANY else Sizes.of(*sizes), target, schedule)
+    counted = _symbols(sizes) if len(seen) > _MANY else Sizes.of(*sizes)
+    errors: dict[str, None] = {}
+    for schedule in tune.ranked(kernel, sizes, target, device, call):
+        try:
+            if wrong := tune.fault(kernel, sizes, target, schedule, device):
+                warnings.warn(
+                    f"lpcompile: {kernel} with {schedule} failed its self-test on {target.name}: {wrong}", stacklevel=2
+                )
+                raise KernelError(f"its self-test on {target.name} failed ({wrong})")
+            source = emit(kernel, counted, target, schedule)
+            if tune.measurable(device):
+                # Compiles it, so that a schedule that does not fit shows here.
+                given = call()
+                module.load(source).launch(given.inputs, given.sizes, given.seed, given.uses, given.spins)
+        except tune.failures() as error:
+            errors[" ".join(str(error).split())] = None
+            continue
+        tune.settle(kernel, sizes, schedule)
+        return source
+    raise KernelError("; ".join(errors))
 
 
 def _dense(launch: Launch, inputs: Sequence[Tensor]) -> Launch:

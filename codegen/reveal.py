@@ -104,7 +104,7 @@ def _traced(node: Node, emitted: Emitted) -> GraphModule | None:
         return None
     values = [each.meta["val"] for each in inputs]
     source = emitted(text, values, sizes)
-    if source.schedule.tma or not same_arithmetic(source):
+    if source.schedule.tma or source.schedule.specialized or source.schedule.vendor or not same_arithmetic(source):
         return None
 
     def launch(*tensors: Tensor) -> list[Tensor]:
@@ -148,7 +148,7 @@ class _Recorder:
 
     def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
         def call(*args: Any, **named: Any) -> None:
-            self._record((*grid, 1, 1)[:3], {**dict(zip(self.kernel.arg_names, args, strict=False)), **named})
+            self._record((*grid, 1, 1)[:3], {**dict(zip(self.kernel.arg_names, args, strict=True)), **named})
 
         return call
 

@@ -17,6 +17,7 @@ import os
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,17 +55,17 @@ def winner(kernel: Kernel | str, sizes: Sequence[int]) -> Choice | None:
 # ---- schedules ---------------------------------------------------------------------------------------------------
 
 
-def choose(
+def ranked(
     kernel: Kernel, sizes: tuple[int, ...], target: Target, device: torch.device, call: Callable[[], Example]
-) -> Schedule:
-    """The schedule to run with: from the disk, or measured on the tensors of `call()`, or the model's first.
+) -> list[Schedule]:
+    """The schedules to run with, the best first: from the disk, or measured on `call()`, or in the model's order.
 
     Raises KernelError where no candidate runs.
     """
     found = schedules(kernel, Sizes.of(*sizes), target)
     chosen = found[0]
     times: dict[str, float] = {}
-    if len(found) > 1 and os.environ.get("LPCOMPILE_AUTOTUNE") != "0" and _measurable(device):
+    if len(found) > 1 and os.environ.get("LPCOMPILE_AUTOTUNE") != "0" and measurable(device):
         path = _record("schedule", str(kernel), _bucket(sizes), device)
         stored = _read(path)
         named = {str(each): each for each in found}
@@ -77,19 +78,38 @@ def choose(
                 stored = {"schedule": str(chosen), "times": {}}
         chosen, times = named[stored["schedule"]], stored["times"]
     _CHOICES[str(kernel), sizes] = Choice(str(chosen), times)
-    return chosen
+    return [chosen, *(each for each in found if each != chosen)]
+
+
+def settle(kernel: Kernel, sizes: tuple[int, ...], schedule: Schedule) -> None:
+    """Notes the schedule that runs in the end."""
+    known = _CHOICES[str(kernel), sizes]
+    _CHOICES[str(kernel), sizes] = Choice(str(schedule), known.times)
 
 
 def _measured(
     kernel: Kernel, sizes: tuple[int, ...], target: Target, call: Example, candidates: Sequence[Schedule]
 ) -> dict[str, Any]:
-    times: dict[str, float] = {}
-    errors: list[str] = []
-    for schedule in candidates:
-        try:
+    device = call.inputs[0].device
+
+    def prepared(schedule: Schedule) -> Callable[[], Any]:
+        """The launch, compiled."""
+        # A thread of its own starts on the first device.
+        with torch.cuda.device(device):
             launch = module.load(emit(kernel, Sizes.of(*sizes), target, schedule)).launch
             run = functools.partial(launch, call.inputs, call.sizes, call.seed, call.uses, call.spins)
-            times[str(schedule)] = _microseconds(run, call.inputs[0].device)
+            run()
+        return run
+
+    # The compiler leaves Python alone most of the time.
+    with ThreadPoolExecutor(min(len(candidates), os.cpu_count() or 1)) as pool:
+        compiled = [pool.submit(prepared, schedule) for schedule in candidates]
+    torch.cuda.synchronize(device)
+    times: dict[str, float] = {}
+    errors: list[str] = []
+    for schedule, future in zip(candidates, compiled, strict=True):
+        try:
+            times[str(schedule)] = _microseconds(future.result(), device)
         except failures() as error:
             errors.append(f"{schedule}: {error}")
     if not times:
@@ -102,7 +122,6 @@ def _microseconds(run: Callable[[], Any], device: torch.device) -> float:
     # Writing this much also keeps the device busy while the host prepares the launch, whose cost is not the kernel's.
     size = max(2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0), 256 << 20)
     flush = torch.empty(size, dtype=torch.int8, device=device)
-    run()
     times: list[float] = []
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -116,14 +135,16 @@ def _microseconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def failures() -> tuple[type[BaseException], ...]:
-    """What emission, compilation and launch of a schedule that does not fit the device raise."""
+    """What emission, compilation and launch of a schedule raise that does not fit the device or the installed Triton."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    return KernelError, CompilationError, OutOfResources, PTXASError
+    # The last two: Triton's experimental parts, which generated text may use, come and go with its versions.
+    return KernelError, CompilationError, OutOfResources, PTXASError, ImportError, AttributeError
 
 
-def _measurable(device: torch.device) -> bool:
+def measurable(device: torch.device) -> bool:
+    """True where a kernel can be run and waited for now."""
     return device.type == "cuda" and torch.cuda.is_available() and not torch.cuda.is_current_stream_capturing()
 
 
@@ -137,11 +158,11 @@ def _bucket(sizes: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 def fault(kernel: Kernel, sizes: tuple[int, ...], target: Target, schedule: Schedule, device: torch.device) -> str | None:
     """What is wrong with a kernel's result on a small problem, or None. Each family, format and rounding is tried once a
-    device and version; a kernel all of whose outputs were tried in others is not tried again."""
-    if os.environ.get("LPCOMPILE_SELFTEST") == "0" or not _measurable(device):
+    device, version and way of reading tiles; a kernel all of whose outputs were tried in others is not tried again."""
+    if os.environ.get("LPCOMPILE_SELFTEST") == "0" or not measurable(device):
         return None
     found = None
-    for name in _tried(kernel):
+    for name in _tried(kernel, schedule):
         path = _record("selftest", name, target.name, device)
         stored = _read(path)
         if stored is None:
@@ -161,12 +182,15 @@ def self_test(kernel: Kernel, sizes: tuple[int, ...], target: Target, schedule: 
     return mismatch(kernel, found, call.reference())
 
 
-def _tried(kernel: Kernel) -> list[str]:
+def _tried(kernel: Kernel, schedule: Schedule) -> list[str]:
     """What a self-test of the kernel vouches for."""
     family = str(kernel).partition(" ")[0]
+    way = schedule.vendor or (
+        f"tma {schedule.tma}, persistent {schedule.persistent}, specialized {schedule.specialized}, split {schedule.split > 1}"
+    )
     if isinstance(kernel, CastKernel | RequantKernel):
-        return [f"{family} {output}" for output in kernel.outputs]
-    return [f"{family} {kernel.dot if isinstance(kernel, GemmKernel) else kernel.source}"]
+        return [f"{family} {output}, {way}" for output in kernel.outputs]
+    return [f"{family} {kernel.dot if isinstance(kernel, GemmKernel) else kernel.source}, {way}"]
 
 
 # ---- records on disk ---------------------------------------------------------------------------------------------

@@ -2,17 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lpcompile.codegen.extents import Extent
+from lpcompile.errors import KernelError
 from lpcompile.formats import Quant
 from lpcompile.fused import written_cast
 from lpcompile.kernel import Output
-from lpcompile.recipe import Rotation
+from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.views", "import it as lpcompile.codegen, not as codegen"
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How blocks divide a tile. shape: the tile with its blocks apart; scales: the same with 1 along each block; counts:
+    scales of the tile as a matrix."""
+
+    tile: tuple[int, int]
+    shape: Shape
+    scales: Shape
+    counts: tuple[int, int]
+
+    @staticmethod
+    def of(tile: Sequence[int], block: tuple[int, int]) -> Blocks:
+        """block: 0 for the whole axis. Raises KernelError where blocks do not fit."""
+        shape: list[int] = []
+        scales: list[int] = []
+        counts: list[int] = []
+        for size, length in zip(tile, block, strict=True):
+            if length and size % length:
+                raise KernelError(f"blocks of {block[0]} x {block[1]} do not divide a tile of {'x'.join(map(str, tile))}")
+            count = size // length if length else 1
+            counts.append(count)
+            shape += [size] if count in (1, size) else [count, size // count]
+            scales += [count] if count in (1, size) else [count, 1]
+        return Blocks((tile[0], tile[1]), tuple(shape), tuple(scales), (counts[0], counts[1]))
+
+    def apart(self, value: str) -> str:
+        """A tile with its blocks apart."""
+        return value if self.shape == self.tile else f"tl.reshape({value}, {self.shape})"
+
+    def together(self, value: str) -> str:
+        """The inverse."""
+        return value if self.shape == self.tile else f"tl.reshape({value}, {self.tile})"
+
+    def as_matrix(self, scale: str) -> str:
+        """Scales as a matrix."""
+        return scale if self.scales == self.counts else f"tl.reshape({scale}, {self.counts})"
+
+    def beside(self, scale: str) -> str:
+        """The inverse: scales in a shape that broadcasts to that of the blocks."""
+        return scale if self.scales == self.counts else f"tl.reshape({scale}, {self.scales})"
+
+    def reduced(self, value: str, op: str = "tl.max") -> str:
+        """One number a block."""
+        for axis in reversed(range(len(self.shape))):
+            if self.scales[axis] == 1 and self.shape[axis] > 1:
+                value = f"{op}({value}, axis={axis}, keep_dims=True)"
+        return value
+
+
+def origin(block: tuple[int, int], place: tuple[str, str] = ("row0", "col0")) -> tuple[str, str]:
+    """Where the scales of the tile at `place` stand."""
+    places = zip(place, block, strict=True)
+    row, col = ("0" if not length else name if length == 1 else f"{name} // {length}" for name, length in places)
+    return row, col
 
 
 @dataclass(frozen=True)
@@ -30,9 +90,8 @@ class View:
     @staticmethod
     def of(index: int, output: Output, tile: tuple[int, ...], extents: tuple[Extent, Extent]) -> View:
         """tile, extents: of the matrix that the kernel reads."""
-        turned = [
-            each if turn is None else each.padded(turn.block) for each, turn in zip(extents, output.cast.rotations, strict=True)
-        ]
+        axes = zip(extents, output.cast.rotations, strict=True)
+        turned = [each if rotation is None else each.padded(rotation.block) for each, rotation in axes]
         flip = -1 if output.transposed else 1
         rows, cols = turned[::flip]
         tile_rows, tile_cols = tile[::flip]
@@ -52,44 +111,45 @@ class View:
         return self.quant.block.along(self.axis)
 
     @property
+    def blocks(self) -> Blocks:
+        return Blocks.of(self.tile, self.block)
+
+    @property
     def rotations(self) -> tuple[Rotation | None, Rotation | None]:
         return written_cast(self.output).rotations
 
     @property
-    def scale_tile(self) -> tuple[int, int]:
-        """Scales of a tile."""
-        rows, cols = (size // block if block else 1 for size, block in zip(self.tile, self.block, strict=True))
-        return rows, cols
+    def drawn(self) -> bool:
+        """True where signs are drawn at each step."""
+        return any(each is not None and each.signs is Signs.DRAWN for each in self.rotations)
 
     @property
     def scale_extents(self) -> tuple[Extent, Extent]:
-        rows, cols = (extent.blocks(block) for extent, block in zip(self.extents, self.block, strict=True))
+        rows, cols = (extent.blocks(length) for extent, length in zip(self.extents, self.block, strict=True))
+        return rows, cols
+
+    def checks(self, block: tuple[int, int] = (1, 1)) -> tuple[bool, bool]:
+        """Along which axes a tile of one number a block may reach beyond the matrix."""
+        rows, cols = (
+            length != 0 and not extent.divides(size)
+            for length, extent, size in zip(block, self.extents, self.tile, strict=True)
+        )
         return rows, cols
 
     @property
-    def blocked(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(shape of the tile with its blocks apart, shape of the scales beside it)."""
-        shape: list[int] = []
-        scales: list[int] = []
-        for size, count in zip(self.tile, self.scale_tile, strict=True):
-            if count in (1, size):
-                shape, scales = [*shape, size], [*scales, count]
-            else:
-                shape, scales = [*shape, count, size // count], [*scales, count, 1]
-        return tuple(shape), tuple(scales)
+    def peak_block(self) -> tuple[int, int] | None:
+        """The blocks whose amax other tiles have a part in, or None."""
+        if self.quant.outer is not None:
+            return 0, 0
+        return self.block if 0 in self.block else None
 
     @property
-    def whole(self) -> bool:
-        """True where blocks span an axis, so that tiles share scales."""
-        return 0 in self.block
-
-    def unchecked(self, axis: int) -> bool:
-        """True where tiles provably end with the matrix."""
-        return self.extents[axis].divides(self.tile[axis])
+    def tile_name(self) -> str:
+        """The variable that holds the tile that is quantised."""
+        base = "xt" if self.output.transposed else "x"
+        return f"turned_{self.index}" if self.rotations != (None, None) else base
 
 
 def stored(dtype: torch.dtype, native: bool) -> torch.dtype:
-    """The dtype in which a kernel writes what becomes `dtype`: bits, where Triton or the target has no such type."""
-    if dtype.is_floating_point and dtype.itemsize == 1 and not native:
-        return torch.uint8
-    return torch.int16 if dtype == torch.float16 else dtype
+    """The dtype in which a kernel writes what becomes `dtype`: bytes, where the target has no such type."""
+    return torch.uint8 if dtype.is_floating_point and dtype.itemsize == 1 and not native else dtype

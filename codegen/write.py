@@ -2,143 +2,177 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
-from lpcompile.codegen.views import View
-from lpcompile.errors import KernelError
-from lpcompile.formats import E8M0, F32, Rounding
+from lpcompile.codegen.function import Function
+from lpcompile.codegen.noise import uniform
+from lpcompile.codegen.rules import add_key, add_scale
+from lpcompile.codegen.views import View, origin
+from lpcompile.formats import E4M3, E8M0, F32, Rounding, Rule
+from lpcompile.recipe import folds
 
 assert __name__ == "lpcompile.codegen.write", "import it as lpcompile.codegen, not as codegen"
 
 
-@dataclass
-class Function:
-    """A jit function being written. arguments: what callers pass after the tile and its place."""
-
-    name: str
-    doc: str
-    arguments: list[str] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-
-    def take(self, argument: str) -> str:
-        """Declares an argument."""
-        if argument not in self.arguments:
-            self.arguments.append(argument)
-        return argument
+# How kernels and launchers call the tensors that hold a part.
+POINTERS_TO = {"codes": "codes", "values": "values", "scale": "scales", "outer": "outers", "mask": "masks"}
 
 
-def emit_write(view: View, fragments: Fragments, sizes: tuple[str, ...]) -> Function:
-    """Writes `write_<index>(x, row0, col0, <parts...>, <amax>, <sizes>)`; sizes: names of sizes that are arguments."""
-    function = Function(f"write_{view.index}", f"{view.output} of a tile, which lies at (row0, col0) of what is written.")
-    add = function.lines.append
-    shape = view.blocked[0]
-    if shape != view.tile:
-        add(f"x = tl.reshape(x, {shape})")
-    add("x = x.to(tl.float32)")
-    _scale(view, fragments, function)
-    _scaled(view, fragments, function)
+def emit_write(view: View, fragments: Fragments) -> Function:
+    """`write_<index>(x, row0, col0, <parts>, <peaks>, <seed and use>)` of a tile that is turned already."""
+    doc = f"{view.output} of a tile, which lies at (row0, col0) of what is written."
+    function = Function(f"write_{view.index}", doc, ("x", "row0", "col0"))
+    quant, blocks = view.quant, view.blocks
+    function.take(*(POINTERS_TO[part] for part in view.output.parts))
+    function.add(f"x = {blocks.apart('x')}.to(tl.float32)")
+    # FP32 codes are the values themselves, however they would be rounded.
+    rounding = Rounding.RTNE if quant.elem == F32 else quant.rounding
+    if rounding.stochastic:
+        _noise(view, fragments, function)
+    valid = add_scale(view, fragments, function)
+    if quant.masked:
+        function.add(f"kept = (tl.abs(scaled) < {quant.target!r}) & ({valid})")
+    rounded = quant.rule in (Rule.FOUR_SIX, Rule.EDEN)
+    name = "grid" if rounded else "scaled"
+    function.add("# A block that is not finite has codes 0; its scale says so.", f"{name} = tl.where({valid}, {name}, 0.0)")
+    noise = ", noise" if rounding.stochastic else ""
     if view.output.decoded:
-        raise KernelError(f"{view.output}: not generated")
-    code = f"{_encoder(view, fragments)}(scaled)"
-    if fragments.native(view.quant.elem):
-        code = f"scaled.to(tl.{'float8e4nv' if view.quant.elem.man == 3 else 'float8e5'})"
-    add(f"code = {_reshaped(code, shape, view.tile)}")
-    _store_codes(view, fragments, function)
-    _store_scale(view, fragments, function)
-    function.arguments += sizes
+        value = "grid" if rounded else f"{fragments.grid(quant.elem, rounding)}(scaled{noise})"
+        _store_values(view, value, fragments, function)
+    else:
+        code = f"{fragments.encode(quant.elem, Rounding.RTNE if rounded else rounding)}({name}{'' if rounded else noise})"
+        _store_codes(view, code, fragments, function)
+    if "scale" in view.output.parts:
+        _store_scale(view, fragments, function)
+    if "outer" in view.output.parts:
+        _store_outer(view, fragments, function)
+    if "mask" in view.output.parts:
+        _store_mask(view, fragments, function)
     return function
 
 
-def _reshaped(value: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> str:
-    return value if shape == wanted else f"tl.reshape({value}, {wanted})"
+def _noise(view: View, fragments: Fragments, function: Function) -> None:
+    """`noise`: one number an element, by its place in the matrix that is not transposed."""
+    transposed = view.output.transposed
+    cols = view.extents[0 if transposed else 1]
+    height, width = view.tile[::-1] if transposed else view.tile
+    place = "col0, row0" if transposed else "row0, col0"
+    draw = uniform(fragments, view.quant.rounding is Rounding.SR8, cols)
+    drawn = f"{draw}({add_key(view, fragments, function)}, {place}, {cols.text}, {height}, {width})"
+    function.add(f"noise = {view.blocks.apart(f'tl.trans({drawn})' if transposed else drawn)}")
 
 
-def reduced(value: str, shape: tuple[int, ...], scale_shape: tuple[int, ...], op: str = "tl.max") -> str:
-    """`value` reduced over the axes along which blocks lie, keeping them."""
-    for axis in reversed(range(len(shape))):
-        if scale_shape[axis] == 1 and shape[axis] > 1:
-            value = f"{op}({value}, axis={axis}, keep_dims=True)"
-    return value
+def _store(view: View, fragments: Fragments, what: str, extents: tuple[Extent, Extent], block: tuple[int, int] = (1, 1)) -> str:
+    """A call that stores `what` = "pointer, value, row, col" in a matrix of these sizes, one number a block."""
+    rows, cols = view.checks(block)
+    sizes = f"{extents[0].text}, {extents[1].text}" if rows else extents[1].text
+    return f"{fragments.store(rows, cols)}({what}, {sizes})"
 
 
-def _scale(view: View, fragments: Fragments, function: Function) -> None:
-    """`scale`: FP32, in the shape of `View.blocked`."""
-    shape, scale_shape = view.blocked
-    bits = fragments.magnitude_bits()
-    if view.whole:
-        peaks, tile = function.take("peaks"), view.scale_tile
-        load = tile_access(fragments.load, view.scale_extents, tile, view)
-        row, col = scale_origin(view)
-        loaded = load.format(f"{peaks}, {tile[0]}, {tile[1]}, {row}, {col}")
-        function.lines.append(f"peak = {_reshaped(loaded, tile, scale_shape)}")
-    else:
-        function.lines.append(f"peak = {reduced(f'{bits}(x)', shape, scale_shape)}")
-    function.lines.append(f"factor = {fragments.peak_scale(view.quant)}(peak)")
-
-
-def _scaled(view: View, fragments: Fragments, function: Function) -> None:
-    """`scaled`: what is rounded to codes, 0 in blocks that are not finite."""
-    quant = view.quant
-    values = f"x * {quant.constant!r}" if quant.constant != 1.0 else "x"
-    if quant.pow2:
-        function.lines.append(f"scaled = {values} * {fragments.inverse_power_of_two()}(factor)")
-    else:
-        function.lines.append(f"scaled = tl.div_rn({values}, factor)")
-    function.lines.append("scaled = tl.where(factor == factor, scaled, 0.0)")
-
-
-def _encoder(view: View, fragments: Fragments) -> str:
-    quant = view.quant
-    if quant.rounding.stochastic:
-        raise KernelError(f"{view.output}: not generated")
-    return fragments.encode(quant.elem, Rounding.RTNE if quant.elem == F32 else quant.rounding)
-
-
-def _store_codes(view: View, fragments: Fragments, function: Function) -> None:
+def _store_codes(view: View, code: str, fragments: Fragments, function: Function) -> None:
     rows, cols = view.extents
-    name, tile = "codes", view.tile
-    checks = [not view.unchecked(0), not view.unchecked(1)]
-    col = "col0"
+    function.add(f"code = {view.blocks.together(code)}")
     if view.quant.packed:
-        function.lines.append(f"code = {fragments.pack_nibbles()}(code)")
-        cols, tile, col = cols.blocks(2), (tile[0], tile[1] // 2), "col0 // 2"
-    store = tile_access(fragments.store, (rows, cols), tile, view, checks)
-    function.lines.append(store.format(f"{function.take(name)}, code, row0, {col}"))
+        packed = f"codes, {fragments.pack_nibbles()}(code), row0, col0 // 2"
+        function.add(_store(view, fragments, packed, (rows, cols.blocks(2)), (1, 2)))
+    else:
+        function.add(_store(view, fragments, "codes, code, row0, col0", view.extents))
 
 
-def scale_origin(view: View) -> tuple[str, str]:
-    """Where the scales of the tile at (row0, col0) stand."""
-    row, col = (
-        "0" if block == 0 else name if block == 1 else f"{name} // {block}"
-        for name, block in zip(("row0", "col0"), view.block, strict=True)
-    )
-    return row, col
+def _store_values(view: View, value: str, fragments: Fragments, function: Function) -> None:
+    import torch
+
+    if folds(view.quant):
+        value = f"{value} * scale"
+    values = fragments.rounded(f"({value})", torch.bfloat16)
+    function.add(_store(view, fragments, f"values, {view.blocks.together(values)}, row0, col0", view.extents))
 
 
 def _store_scale(view: View, fragments: Fragments, function: Function) -> None:
-    quant, tile = view.quant, view.scale_tile
-    value = _reshaped("factor", view.blocked[1], tile)
+    quant = view.quant
+    value = view.blocks.as_matrix("scale")
     if quant.scale == E8M0:
         value = f"{fragments.e8m0()}({value})"
-    row, col = scale_origin(view)
-    store = tile_access(fragments.store, view.scale_extents, tile, view).format(
-        f"{function.take('scale')}, {value}, {row}, {col}"
+    elif quant.scale == E4M3:
+        value = f"{_encode_e4m3_scale(fragments)}({value})"
+    row, col = origin(view.block)
+    if view.output.tiled:
+        function.add(_store_tiled(view, value, fragments))
+        return
+    store = _store(view, fragments, f"scales, {value}, {row}, {col}", view.scale_extents, view.block)
+    function.add(*_once(store, view.block))
+
+
+def _once(store: str, block: tuple[int, int]) -> list[str]:
+    """Done by the first of the tiles that share a block."""
+    first = [f"({name} == 0)" for name, length in zip(("row0", "col0"), block, strict=True) if not length]
+    return [f"if {' & '.join(first)}:", f"    {store}"] if first else [store]
+
+
+def _encode_e4m3_scale(fragments: Fragments) -> str:
+    code = fragments.encode(E4M3, Rounding.RTNE)
+    value = f"{code}(scale)"
+    if not fragments.native(E4M3):
+        value = f"tl.where(scale == scale, {value}, 127).to(tl.uint8)"
+    return fragments.add(
+        "encode_scale",
+        f'''
+def encode_scale(scale):
+    """Block scales that lie on e4m3's grid as its codes, NaN as its NaN."""
+    return {value}
+''',
     )
-    first = [f"{name} == 0" for name, block in zip(("row0", "col0"), view.block, strict=True) if block == 0]
-    if first:
-        function.lines.append(f"if {' and '.join(first)}:" if len(first) == 1 else f"if ({first[0]}) & ({first[1]}):")
-        store = f"    {store}"
-    function.lines.append(store)
 
 
-def tile_access(
-    kind: object, extents: tuple[Extent, Extent], tile: tuple[int, int], view: View, checks: list[bool] | None = None
-) -> str:
-    """A call of a load or store of a tile of a matrix with these sizes, with `{}` for all but the sizes."""
-    if checks is None:
-        checks = [block != 0 and not view.unchecked(axis) for axis, block in enumerate(view.block)]
-    name = kind(*checks)  # type: ignore[operator]
-    rows = f", {extents[0].text}" if checks[0] else ""
-    return f"{name}({{}}{rows}, {extents[1].text})"
+def _store_tiled(view: View, value: str, fragments: Fragments) -> str:
+    rows, cols = view.scale_extents
+    masks = view.checks(view.block)
+    conditions = [
+        *(["(row < rows)"] if masks[0] else []),
+        *(["(col < cols)"] if masks[1] else []),
+    ]
+    mask = f", mask={' & '.join(conditions)}" if conditions else ""
+    name = fragments.numbered(
+        "store_tiled",
+        f'''
+def store_tiled(scales, value, row0, col0, rows, cols):
+    """Writes block scales in the 128 x 4 tiles that tensor cores read: 32 rows of 16 bytes each."""
+    row = row0 + tl.arange(0, value.shape[0])[:, None]
+    col = col0 + tl.arange(0, value.shape[1])[None, :]
+    tile = row // 128 * ((cols + 3) // 4) + col // 4
+    place = tile * 512 + row % 32 * 16 + row % 128 // 32 * 4 + col % 4
+    tl.store(scales + place, value{mask})
+''',
+    )
+    row, col = origin(view.block)
+    return f"{name}(scales, {value}, {row}, {col}, {rows.text}, {cols.text})"
+
+
+def _store_outer(view: View, fragments: Fragments, function: Function) -> None:
+    if view.quant.outer is not None:
+        value = "tl.reshape(outer, (1, 1))"
+    else:
+        value = f"tl.full((1, 1), {1 / view.quant.constant!r}, tl.float32)"
+    store = f"{fragments.store(False, False)}(outers, {value}, 0, 0, 1)"
+    function.add(*_once(store, (0, 0)))
+
+
+def _store_mask(view: View, fragments: Fragments, function: Function) -> None:
+    rows, cols = view.extents
+    # Where the reference packs whole blocks, bits beyond the matrix are those of the blocks' padding; elsewhere they are 0.
+    in_blocks = not view.output.transposed and view.block[1] % 8 == 0 and view.block[1] > 0
+    if not in_blocks and not cols.divides(8):
+        function.add(f"kept = {view.blocks.together('kept')} & (col0 + tl.arange(0, {view.tile[1]})[None, :] < {cols.text})")
+    else:
+        function.add(f"kept = {view.blocks.together('kept')}")
+    name = fragments.add(
+        "pack_bits",
+        '''
+def pack_bits(kept):
+    """Eight bits a byte along the last axis, the first in the lowest."""
+    bits = tl.reshape(kept.to(tl.int32), (kept.shape[0], kept.shape[1] // 8, 8))
+    return tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2).to(tl.uint8)
+''',
+    )
+    packed = f"masks, {name}(kept), row0, col0 // 8"
+    function.add(_store(view, fragments, packed, (rows, cols.blocks(8)), (1, 8)))

@@ -1,12 +1,13 @@
-"""Symbolic bytes, FLOPs and time of a GEMM with and without low precision, on a Target.
+"""Time of a GEMM with and without low precision, on a Target: what decides whether it is converted.
 
-Each kernel takes as long as the slower of its arithmetic and its memory traffic, and never less than a launch. The sizes are
-sympy symbols, so that one expression serves every shape; the report shows the numbers for the traced sizes.
+The kernels are those that the pipeline would make of it, and their cost is `kernel_cost`'s. A cast that several products
+read is divided among them. Sizes may be sympy symbols, so that one expression serves every shape.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,14 +16,17 @@ import torch
 
 from lpcompile.formats import Quant
 from lpcompile.joint import size_hint
-from lpcompile.recipe import Gemm
+from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Output
+from lpcompile.kernel_cost import ALONE, Cost, Readers, kernel_cost
+from lpcompile.recipe import Cast, Dot, DotOperand, Gemm, Rotation
 from lpcompile.target import Target
 
 M, N, K = sympy.symbols("M N K", positive=True, integer=True)
 
 
 class GemmSizes(Protocol):
-    """What a prediction needs to know of a GEMM: sizes, batch count, output dtype and the quantisation asked for."""
+    """What a prediction needs to know of a GEMM: sizes, batch count, output dtype, the quantisation asked for, and who else
+    reads its operands."""
 
     m: Any
     n: Any
@@ -30,64 +34,86 @@ class GemmSizes(Protocol):
     batch: Any
     dtype: torch.dtype | None
     gemm: Gemm | None
+    readers: tuple[Readers, Readers]
 
 
 @dataclass(frozen=True)
 class Times:
-    """Predicted microseconds of one GEMM: as it was, and in low precision with the casts of its operands."""
+    """Predicted microseconds of one GEMM: as it was, and in low precision with its share of the casts of its operands."""
 
     high: float
     low: float
     native: bool
 
 
-def kernel_time(flops: sympy.Expr, nbytes: sympy.Expr, rate: float, target: Target) -> sympy.Expr:
-    """Microseconds of one kernel: max(arithmetic, memory traffic, launch)."""
-    return sympy.Max(flops / (rate * 1e6), nbytes / (target.bandwidth * 1e6), target.launch)
+def gemm_times(
+    gemm: Gemm | None, itemsize: int, target: Target, sizes: Sequence[Any], readers: tuple[Readers, Readers] = ALONE
+) -> tuple[Any, Any]:
+    """(high precision, low precision) microseconds of a GEMM of sizes (M, N, K), numbers or symbols."""
+    dtype = torch.bfloat16 if itemsize == 2 else torch.float32
+    m, n, k = sizes
+    plain = DotOperand(None, False)
+    high = kernel_cost(GemmKernel(Dot(plain, DotOperand(None, True)), dtype), (m, n, k), target).time(target)
+    if gemm is None:
+        return high, high
+    decoded = target.native(gemm.a, gemm.b) is None
+    turns = _resolved(gemm.k, k), _resolved(gemm.m, m), _resolved(gemm.n, n)
+    low: Any = 0
+    sides = []
+    for quant, rows, turn, share, transposed in (
+        (gemm.a, m, turns[1], readers[0], False),
+        (gemm.b, n, turns[2], readers[1], True),
+    ):
+        if quant is None:
+            sides.append(DotOperand(None, transposed))
+            continue
+        cast = Cast(quant, 1, (turn, turns[0]))
+        # On a CPU codes are written and decoded by a launch of its own; a GPU's cast writes the values.
+        apart = decoded and target.name == "cpu"
+        output = Output(cast, decoded=decoded and not apart)
+        low += _shared(kernel_cost(CastKernel((output,), dtype), (rows, k), target), share, target)
+        low += kernel_cost(DecodeKernel(cast), (rows, k), target).time(target) if apart else 0
+        sides.append(DotOperand(cast, transposed, decoded))
+    product = GemmKernel(Dot(*sides), dtype, undo=turns[1:])
+    return high, low + kernel_cost(product, (m, n, k), target).time(target)
 
 
-def cast_time(rows: sympy.Expr, cols: sympy.Expr, quant: Quant, itemsize: int, target: Target) -> sympy.Expr:
-    """One read of the tensor (two for a per-tensor scale, whose amax comes first) and one write of the codes."""
-    reads = 2 if quant.outer is not None or (quant.block.rows == 0 and quant.block.cols == 0) else 1
-    return kernel_time(sympy.Integer(0), rows * cols * (reads * itemsize + quant.bits_per_element / 8), 1.0, target)
+def _resolved(turn: Rotation | None, size: Any) -> Rotation | None:
+    return None if turn is None else turn.resolved(size)
+
+
+def _shared(cost: Cost, readers: Readers, target: Target) -> Any:
+    """A product's share of the time of a cast: what is read serves all readers, what is written those of its orientation."""
+    alone = cost.time(target)
+    if readers.all == 1:
+        return alone
+    part = (cost.read / readers.all + cost.written / readers.same) / cost.moved
+    return alone * part
 
 
 @functools.cache
 def expressions(gemm: Gemm | None, itemsize: int, target: Target) -> tuple[sympy.Expr, sympy.Expr]:
-    """(high precision, low precision) microseconds as expressions in M, N, K."""
-    plain = kernel_time(2 * M * N * K, itemsize * (M * K + K * N + M * N), _rate(itemsize, target), target)
-    if gemm is None:
-        return plain, plain
-    native = target.native(gemm.a, gemm.b)
-    low = sympy.Integer(0)
-    operand_bytes = sympy.Integer(0)
-    for quant, rows in ((gemm.a, M), (gemm.b, N)):
-        width = quant.bits_per_element / 8 if quant is not None and native else float(itemsize)
-        operand_bytes += width * rows * K
-        if quant is not None:
-            low += cast_time(rows, K, quant, itemsize, target)
-            # Without an instruction of its own the operand is decoded once more, in a pass over memory.
-            low += 0 if native else kernel_time(sympy.Integer(0), rows * K * (1 + itemsize), 1.0, target)
-    rate = target.rates[native] if native else _rate(itemsize, target)
-    return plain, low + kernel_time(2 * M * N * K, operand_bytes + itemsize * M * N, rate, target)
-
-
-def _rate(itemsize: int, target: Target) -> float:
-    return target.rates["bf16" if itemsize == 2 else "f32"]
+    """`gemm_times` as expressions in M, N, K."""
+    return gemm_times(gemm, itemsize, target, (M, N, K))
 
 
 @functools.lru_cache(maxsize=4096)
-def _evaluate(gemm: Gemm | None, itemsize: int, target: Target, m: int, n: int, k: int) -> tuple[float, float]:
-    values = {M: max(m, 1), N: max(n, 1), K: max(k, 1)}
-    high, low = expressions(gemm, itemsize, target)
-    return float(high.subs(values)), float(low.subs(values))
+def _evaluate(
+    gemm: Gemm | None, itemsize: int, target: Target, sizes: tuple[int, int, int], readers: tuple[Readers, Readers]
+) -> tuple[float, float]:
+    high, low = gemm_times(gemm, itemsize, target, [max(size, 1) for size in sizes], readers)
+    return float(high), float(low)
 
 
 def predict(gemm: GemmSizes, target: Target) -> Times:
     """Predicted times of one GEMM on a target, at its traced sizes."""
     itemsize = torch.empty(0, dtype=gemm.dtype).element_size() if gemm.dtype else 2
     m, n, k = (size_hint(s) for s in (gemm.m, gemm.n, gemm.k))
-    high, low = _evaluate(gemm.gemm, itemsize, target, m, n, k)
+    high, low = _evaluate(gemm.gemm, itemsize, target, (m, n, k), gemm.readers)
     batch = size_hint(gemm.batch)
-    native = gemm.gemm is not None and target.native(gemm.gemm.a, gemm.gemm.b) is not None
-    return Times(batch * high, batch * low, native and target.name != "cpu")
+    return Times(batch * high, batch * low, _native(gemm.gemm, target) is not None and target.name != "cpu")
+
+
+def _native(gemm: Gemm | None, target: Target) -> str | None:
+    quants: tuple[Quant | None, Quant | None] = (None, None) if gemm is None else (gemm.a, gemm.b)
+    return target.native(*quants)

@@ -16,6 +16,7 @@ from torch.fx import Graph, Node
 from torch.fx.graph import CodeGen
 
 from lpcompile.joint import Joint, Site, insert_call, size_hint, verify
+from lpcompile.kernel_cost import ALONE, Readers
 from lpcompile.recipe import Gemm, Options, Recipe, Role
 from lpcompile.target import Target
 
@@ -40,6 +41,8 @@ class Decision:
     site: Site | None = None
     batch: Any = 1
     dtype: torch.dtype | None = None
+    # Who else reads the quantisations of a and b: their casts are paid for together.
+    readers: tuple[Readers, Readers] = ALONE
     # Which casts feed the converted GEMM, by operand ("a", "b"): "<base node>|<cast>". The quantize pass fills it in.
     casts: dict[str, str] = field(default_factory=dict)
 

@@ -14,8 +14,9 @@ from lpcompile.formats import E4M3, E5M2, E8M0, Elem, Int, Quant
 class Target:
     """A device: its matrix rates and its memory.
 
-    rates: dense TFLOP/s by operand kind (`f32`, `bf16`, `fp8`, `int8`, `mx4`, `nvfp4`); a kind that is missing has no native
-    instruction and runs as decoded bf16. bandwidth: TB/s, bytes read plus bytes written. launch: microseconds a kernel
+    rates: dense TFLOP/s by operand kind (`f32`, `bf16`, `fp8`, `int8`, `mx8`, `mx4`, `nvfp4`); a kind that is missing has no
+    native instruction and runs as decoded bf16. `fp8-group`, `fp8-groups`: FP8 with partial sums scaled in FP32 (see
+    `kernel_cost.kind_of`). bandwidth: TB/s, bytes read plus bytes written. launch: microseconds a kernel
     costs at least. Rates are datasheet or measured figures, used only to compare alternatives.
     """
 
@@ -37,8 +38,12 @@ class Target:
             return "int8" if elem.bits <= 8 and quant.block.cols == 0 else "bf16"
         if elem.bits == 4:
             return "mx4" if quant.scale == E8M0 else "nvfp4" if quant.outer else "bf16"
-        native = elem in (E4M3, E5M2)
-        return "fp8" if native else "bf16"
+        if elem not in (E4M3, E5M2):
+            return "bf16"
+        # Scaling partial sums of fewer than 64 in FP32 costs more than the instruction saves.
+        if quant.block.cols in range(1, 64):
+            return "mx8" if quant.scale == E8M0 and (quant.block.rows, quant.block.cols) == (1, 32) else "bf16"
+        return "fp8"
 
     def native(self, a: Quant | None, b: Quant | None) -> str | None:
         """The native instruction for a product of the two, or None where it runs decoded."""
@@ -53,17 +58,30 @@ TARGETS = (
     # Triton's interpreter: what Hopper multiplies, so that its kernels run on a CPU; speed is not the point.
     Target("interpret", {"f32": 1.0, "bf16": 2.0, "fp8": 4.0, "int8": 4.0}, bandwidth=1e6, launch=0.0),
     Target("sm_80", {"f32": 19.5, "bf16": 312.0, "int8": 624.0}, bandwidth=1.9, launch=3.0),
-    Target("sm_89", {"f32": 82.6, "bf16": 165.0, "fp8": 330.0, "int8": 660.0}, bandwidth=1.0, launch=3.0),
-    Target("sm_90", {"f32": 60.0, "bf16": 690.0, "fp8": 1330.0, "int8": 1230.0}, bandwidth=4.25, launch=3.0),
+    Target(
+        "sm_89",
+        {"f32": 82.6, "bf16": 165.0, "fp8": 330.0, "fp8-group": 250.0, "fp8-groups": 200.0, "int8": 660.0},
+        bandwidth=1.0,
+        launch=3.0,
+    ),
+    # Measured on an H200, products and copy, with our own kernels where they are faster than the vendor's.
+    Target(
+        "sm_90",
+        {"f32": 60.0, "bf16": 690.0, "fp8": 1400.0, "fp8-group": 1050.0, "fp8-groups": 800.0, "int8": 1300.0},
+        bandwidth=4.25,
+        launch=3.0,
+    ),
     Target(
         "sm_100",
-        {"f32": 75.0, "bf16": 2250.0, "fp8": 4500.0, "int8": 4500.0, "mx4": 9000.0, "nvfp4": 9000.0},
+        {"f32": 75.0, "bf16": 2250.0, "fp8": 4500.0, "fp8-group": 3000.0, "fp8-groups": 2250.0}
+        | {"int8": 4500.0, "mx8": 4500.0, "mx4": 9000.0, "nvfp4": 9000.0},
         bandwidth=8.0,
         launch=3.0,
     ),
     Target(
         "sm_120",
-        {"f32": 100.0, "bf16": 210.0, "fp8": 420.0, "int8": 840.0, "mx4": 1680.0, "nvfp4": 1680.0},
+        {"f32": 100.0, "bf16": 210.0, "fp8": 420.0, "fp8-group": 315.0, "fp8-groups": 250.0}
+        | {"int8": 840.0, "mx8": 420.0, "mx4": 1680.0, "nvfp4": 1680.0},
         bandwidth=1.8,
         launch=3.0,
     ),

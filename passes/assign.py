@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.fx import Graph, Node
 from lpcompile.cost import predict
 from lpcompile.errors import StrictError
 from lpcompile.joint import GEMMS, Site, find_sites, gemm_operands, module_name
+from lpcompile.kernel_cost import Readers
 from lpcompile.pipeline import Decision, Plan
 from lpcompile.recipe import Gemm, Role, glob_to_regex, last_blocks
 
@@ -22,10 +24,11 @@ def assign(graph: Graph, plan: Plan) -> None:
     """Fills `plan.joint` and `plan.decisions`. Raises StrictError under `strict` where a linear layer's GEMM is declined."""
     plan.joint = find_sites(graph, plan.params)
     plan.decisions = []
+    counts = _count_readers(plan)
     for site in plan.joint.sites:
         for role in Role:
             if role in site.nodes:
-                plan.decisions.append(_decide(site, role, plan))
+                plan.decisions.append(_decide(site, role, plan, counts))
     plan.decisions += [_stray(node, "its forward GEMM was not found") for node in plan.joint.strays]
     plan.decisions += [_stray(node, "grouped GEMMs are not converted") for node in plan.joint.grouped]
     _check_globs(plan)
@@ -37,7 +40,31 @@ def assign(graph: Graph, plan: Plan) -> None:
         )
 
 
-def _decide(site: Site, role: Role, plan: Plan) -> Decision:
+def _count_readers(plan: Plan) -> Counter[tuple[Role, Node]]:
+    """How many products of a role would read a tensor's quantisations; the gradient of an output goes by fprop's node."""
+    counts: Counter[tuple[Role, Node]] = Counter()
+    for site in plan.joint.sites:
+        for role in Role:
+            if role in site.nodes and site.weight is not None and plan.recipe.gemm(role) is not None:
+                counts.update((role, node) for node in _tensors(site, role))
+    return counts
+
+
+def _tensors(site: Site, role: Role) -> tuple[Node, Node]:
+    """What the recipe calls a and b in a product."""
+    gradient = site.nodes[Role.FPROP]
+    a = site.x.node if role is Role.FPROP else gradient
+    return a, site.x.node if role is Role.WGRAD else site.w.node
+
+
+def _readers(site: Site, role: Role, counts: Counter[tuple[Role, Node]]) -> tuple[Readers, Readers]:
+    a, b = (
+        Readers(max(counts[role, node], 1), max(sum(counts[other, node] for other in Role), 1)) for node in _tensors(site, role)
+    )
+    return a, b
+
+
+def _decide(site: Site, role: Role, plan: Plan, counts: Counter[tuple[Role, Node]]) -> Decision:
     node = site.nodes[role]
     gemm = plan.recipe.gemm(role)
     left, right = gemm_operands(node)
@@ -56,6 +83,7 @@ def _decide(site: Site, role: Role, plan: Plan) -> Decision:
         site=site,
         batch=left.meta["val"].shape[0] if len(left.meta["val"].shape) == 3 else 1,
         dtype=node.meta["val"].dtype,
+        readers=_readers(site, role, counts),
     )
     refusal = _refusal(site, role, node, gemm, decision, plan)
     decision.converted = refusal is None

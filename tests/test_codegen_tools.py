@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -103,7 +105,7 @@ def test_one_flipped_bit_shows_where_bits_are_defined():
 # ---- choices on disk ---------------------------------------------------------------------------------------------
 
 GEMM = "gemm e4m3:row|1 @ e4m3:row|1' -> bf16"
-FIRST, SECOND, THIRD = (Schedule((128, n, 128), 8, 3) for n in (64, 128, 256))
+FIRST, SECOND, THIRD, FOURTH = (Schedule((128, n, 128), 8, 3) for n in (64, 128, 256, 512))
 
 
 @pytest.fixture
@@ -114,7 +116,7 @@ def device(monkeypatch, tmp_path):
     def microseconds(run, _device):
         schedule = run.func.schedule
         calls.append(schedule)
-        if schedule == THIRD:
+        if schedule in (THIRD, FOURTH):
             raise KernelError("out of shared memory")
         return {FIRST: 20.0, SECOND: 10.0}[schedule]
 
@@ -128,15 +130,19 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "schedules", lambda *_: (FIRST, SECOND, THIRD))
     monkeypatch.setattr(tune, "emit", lambda _kernel, _sizes, _target, schedule: schedule)
     monkeypatch.setattr(tune.module, "load", Generated)
-    monkeypatch.setattr(tune, "_measurable", lambda _: True)
+    monkeypatch.setattr(tune, "measurable", lambda _: True)
     monkeypatch.setattr(tune, "_microseconds", microseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
     return calls
 
 
 def choose(*sizes: int) -> Schedule:
     kernel = parse(GEMM)
-    return tune.choose(kernel, sizes, find_target("sm_90"), torch.device("cuda", 0), lambda: example(kernel, (16, 16, 16)))
+    found = tune.ranked(kernel, sizes, find_target("sm_90"), torch.device("cuda", 0), lambda: example(kernel, (16, 16, 16)))
+    assert set(found) == set(tune.schedules())
+    return found[0]
 
 
 def test_the_fastest_schedule_is_measured_once(device, monkeypatch):
@@ -152,7 +158,7 @@ def test_the_fastest_schedule_is_measured_once(device, monkeypatch):
 
 
 def test_a_kernel_without_a_schedule_is_an_error(device, monkeypatch):
-    monkeypatch.setattr(tune, "schedules", lambda *_: (THIRD, THIRD))
+    monkeypatch.setattr(tune, "schedules", lambda *_: (THIRD, FOURTH))
     with pytest.raises(KernelError, match=r"no schedule runs on this device.*out of shared memory"):
         choose(512, 512, 512)
 
@@ -239,11 +245,20 @@ GOLDENS = [
 ]
 
 
+def unused(text: str) -> list[str]:
+    """Functions that a module defines and nothing calls."""
+    tree = ast.parse(text)
+    read = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} | {"launch", "main"}
+    return [node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name not in read]
+
+
 @pytest.mark.parametrize(("family", "name", "target"), GOLDENS, ids=["-".join(each) for each in GOLDENS])
 def test_generated_text(family: str, name: str, target: str):
     """The text changes on purpose only: LPCOMPILE_UPDATE_GOLDEN=1 pytest tests/test_codegen_tools.py writes it anew."""
     sizes = Sizes.of(*cross_compile.SIZES[: 3 if family == "gemm" else 2])
     text = emit(parse(cross_compile.texts(family, target)[name]), sizes, find_target(target)).text
+    assert unused(text) == []
+    assert unused(text + "\n\ndef left_over():\n    pass\n") == ["left_over"]
     path = GOLDEN / f"{family}-{name.replace(' ', '_')}-{target}.expected"
     if os.environ.get("LPCOMPILE_UPDATE_GOLDEN") == "1":
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Plain casts in the interpreter: bitwise the reference's, whatever the shape, the tiling and the content."""
+"""Casts in the interpreter: bitwise the reference's, whatever the shape, the tiling and the content."""
 
 from __future__ import annotations
 
@@ -7,39 +7,97 @@ import torch
 from casting import bits, check, run, sample
 
 from lpcompile.codegen.source import Schedule
-from lpcompile.kernel import DTYPES
+from lpcompile.errors import KernelError
+from lpcompile.kernel import CastKernel, parse
 
-KERNELS = (
-    "cast x0:bf16 = x0 as bf16 -> e4m3:row:up|1, e4m3:row:up|0'",
-    "cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1, e4m3:1x128|0'",
-    "cast x0:bf16 = x0 as bf16 -> e4m3:1x32:e8m0:up|1, e4m3:1x32:e8m0:up|0'",
+SEED = torch.tensor([123456789012345], dtype=torch.int64)
+NVFP4 = "e2m1:1x16:e4m3+f32"
+BF16 = "cast x0:bf16 = x0 as bf16 -> "
+PLAIN = (
+    BF16 + "e4m3:row:up|1, e4m3:row:up|0'",
+    BF16 + "e4m3:1x32:e8m0:up|1, e4m3:1x32:e8m0:up|0', e5m2:1x32:e8m0:floor|1#",
+    BF16 + "e4m3:128x128|1, e4m3:1x128|0, e4m3:1x128|1'",
     "cast x0:f32 = x0 as f32 -> e5m2:tensor|1, e5m2:tensor|1'",
     "cast x0:f16 = x0 as f16 -> int8:row|1, int8:row|0, int8:tensor|1'",
-    "cast x0:bf16 = x0 as bf16 -> e4m3:128x128|1, e4m3:1x128|0, e4m3:1x128|1'",
 )
-SHAPES = ((37, 200), (1, 1), (130, 257), (256, 128))
+ELEMENTS = (
+    BF16 + "e3m2:tensor:clip=0.75|1, int4:1x32|0', e5m6:1x128|1, e4m3fnuz:1x32|1, int16:tensor|1",
+    BF16 + "e2m3:1x32:e8m0:nearest|1, int5:1x16|1, int8full:row|1, bf16:tensor|1, f32:1x32|0, e5m2:tensor:trunc|1",
+)
+RULES = (
+    BF16 + "e2m1:1x32:e8m0:quest|1, e2m1:1x32:e8m0:quest|0', e2m1:1x32:e8m0:questpaper|0",
+    BF16 + f"{NVFP4}|1, {NVFP4}:4over6|0', e2m1:16x16:e4m3+f32|1#",
+    BF16 + f"{NVFP4}:eden|1, {NVFP4}:eden|0'",
+    BF16 + f"{NVFP4}:sr|1, e2m1:1x32:e8m0:matched:sr|0', e4m3:1x128:sr8|1, int8:row:sr|0'",
+    BF16 + f"{NVFP4}|1~, e2m1:1x32:e8m0:quest|0~', int8:row|0~, e4m3:1x128|1~",
+)
+PROLOGUES = (
+    "cast x0:f32 x1:f32[c] x2:bf16[r] = add(mul(x0, x1), x2) as bf16 -> keep, e4m3:row:up|1, e4m3:1x128|0'",
+    "cast x0:bf16 x1:bf16 = bf16(mul(maximum(x0, x1), rsqrt(add(abs(x1), 0.5)))) as f32 -> keep, e4m3:row|1",
+    "cast x0:bf16 x1:f16 = div(relu(sub(neg(x0), x1)), f16(sqrt(add(abs(x0), 1.0)))) as f16 -> int8:1x32|0'",
+)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("text", KERNELS)
-def test_bitwise(text: str, shape: tuple[int, int]) -> None:
-    dtype = DTYPES[text.split(":")[1].split(" ", maxsplit=1)[0]]
-    for broken in (False, True):
-        check(*run(text, [sample(shape, dtype, broken)]))
-    check(*run(text, [sample(shape, dtype)], symbolic=True))
+def inputs_of(text: str, shape: tuple[int, int], broken: bool) -> list[torch.Tensor]:
+    kernel = parse(text)
+    assert isinstance(kernel, CastKernel)
+    shapes = {"": shape, "r": (shape[0], 1), "c": (shape[1], 1)}
+    found = [sample(shapes[each.vector], each.dtype, broken and not index) for index, each in enumerate(kernel.inputs)]
+    return [x.flatten() if each.vector else x for x, each in zip(found, kernel.inputs, strict=True)]
+
+
+def random_of(text: str) -> dict[str, object]:
+    count = len(parse(text).outputs)
+    return {"seed": SEED, "uses": list(range(3, 3 + count)), "spins": list(range(11, 11 + 2 * count))}
+
+
+@pytest.mark.parametrize("text", PLAIN + ELEMENTS + RULES + PROLOGUES)
+def test_bitwise(text: str) -> None:
+    """Odd shapes, one element, tails, NaN and infinity; sizes as numbers and as symbols."""
+    for shape, broken, symbolic in (((37, 200), True, False), ((130, 257), False, True), ((1, 1), False, False)):
+        check(*run(text, inputs_of(text, shape, broken), symbolic=symbolic, **random_of(text)))
+
+
+@pytest.mark.parametrize("text", [*PLAIN[:2], RULES[3]])
+def test_bitwise_without_masks(text: str) -> None:
+    check(*run(text, inputs_of(text, (256, 128), False), **random_of(text)))
 
 
 def test_any_tile_gives_the_same() -> None:
     x = sample((130, 257))
-    for tile in ((64, 128), (128, 128)):
-        check(*run(KERNELS[2], [x], schedule=Schedule(tile, 4)))
+    for tile in ((64, 128), (32, 256)):
+        for text in (PLAIN[1], RULES[3]):
+            check(*run(text, [x], schedule=Schedule(tile, 4), **random_of(text)))
 
 
-def test_masks_where_nothing_is_provable() -> None:
-    """Poison beyond the matrix must not reach an amax, and what lies beyond a result must stay."""
-    whole = torch.full((256, 512), float("nan"), dtype=torch.bfloat16)
+def test_what_lies_beside_the_matrix_is_not_read() -> None:
+    """Poison behind the last element must not reach an amax; a mask that is forgotten shows."""
     x = sample((130, 257))
-    whole.flatten()[: x.numel()] = x.flatten()
-    found, expected = run(KERNELS[0], [whole.flatten()[: x.numel()].view(130, 257)])
+    memory = torch.full((300 * 512,), float("nan"), dtype=torch.bfloat16)
+    memory[: x.numel()] = x.flatten()
+    found, expected = run(PLAIN[0], [memory[: x.numel()].view(130, 257)])
     check(found, expected)
-    assert not torch.equal(bits(found[0]), bits(expected[0].mT.reshape(130, 257)))
+    assert not torch.equal(bits(found[2]).mT, bits(found[0]))
+
+
+def test_streams_differ() -> None:
+    x = sample((64, 64))
+    text = BF16 + "e2m1:1x32:e8m0:up:sr|1"
+    first, _ = run(text, [x], seed=SEED, uses=[3])
+    again, _ = run(text, [x], seed=SEED, uses=[3])
+    other, _ = run(text, [x], seed=SEED, uses=[4])
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], other[0])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BF16 + "e2m1:row:quest|1",
+        BF16 + "e4m3:1x48|1",
+        BF16 + "bf16:tensor:sr|1",
+        BF16 + "e4m3:1x128|1|1:h8",
+    ],
+)
+def test_what_is_not_generated_says_so(text: str) -> None:
+    with pytest.raises(KernelError):
+        run(text, [sample((64, 96))], **random_of(text))

@@ -6,6 +6,12 @@ import pytest
 import torch
 from gemms import check
 
+from lpcompile.codegen import emit
+from lpcompile.codegen.source import Sizes
+from lpcompile.errors import KernelError
+from lpcompile.kernel import parse
+from lpcompile.target import find_target
+
 TILE = (32, 32, 32)
 SHAPES = [(64, 64, 64), (48, 80, 96), (45, 39, 51)]
 KERNELS = [
@@ -18,6 +24,17 @@ KERNELS = [
     "gemm e4m3:row|1~ @ e2m1:1x16:e4m3+f32|1~' -> f16",
     "gemm e4m3:row|1~ @ hp -> bf16",
 ]
+GROUPED = [
+    "gemm e4m3:1x32|1 @ e4m3:32x32|1' -> bf16",
+    "gemm e4m3:1x32|0' @ e4m3:1x64|0 -> f32",
+    "gemm e4m3:1x64|1~ @ e4m3:64x64|1~' -> f32",
+]
+SCALED = [
+    "gemm e4m3:1x32:e8m0:up|1 @ e5m2:1x32:e8m0:up|1' -> f32",
+    "gemm e4m3:1x32:e8m0:up|0' @ e4m3:1x32:e8m0:up|0 -> f32",
+    "gemm e2m1:1x32:e8m0:matched|1 @ e2m1:1x32:e8m0:quest|1' -> f32",
+    "gemm e2m1:1x16:e4m3+f32|1 @ e2m1:16x16:e4m3+f32|1' -> f32",
+]
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
@@ -25,6 +42,34 @@ KERNELS = [
 @pytest.mark.parametrize("text", KERNELS)
 def test_products(text: str, shape: tuple[int, int, int], tma: bool):
     check(text, shape, TILE, tma=tma, persistent=tma)
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("text", GROUPED)
+def test_scales_that_vary_along_the_contraction(text: str, shape: tuple[int, int, int], tma: bool):
+    check(text, shape, TILE, target="sm_90", tma=tma, persistent=tma)
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("text", SCALED)
+def test_scales_in_the_instruction(text: str, shape: tuple[int, int, int], tma: bool):
+    check(text, shape, (32, 32, 64), tma=tma, persistent=tma)
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "reason"),
+    [
+        ("gemm e4m3:row|1 @ e4m3:row|1' -> bf16", "sm_80", "has no instruction"),
+        ("gemm e4m3:row|1 @ hp -> bf16", "sm_90", "codes against plain values"),
+        ("gemm e2m1:1x32:e8m0:up|0' @ e2m1:1x32:e8m0:up|1' -> bf16", "sm_100", "packed along the contraction"),
+        ("gemm e4m3:row|1 @ e4m3:row|1 -> bf16", "sm_90", "do not fit scales of 1"),
+    ],
+)
+def test_what_is_not_generated_says_why(text: str, target: str, reason: str):
+    with pytest.raises(KernelError, match=reason):
+        emit(parse(text), Sizes.of(64, 64, 64), find_target(target))
 
 
 def test_integers_are_exact():

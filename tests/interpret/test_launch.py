@@ -7,8 +7,10 @@ import warnings
 import pytest
 import torch
 
+from lpcompile import ops
 from lpcompile.codegen import launch, tune
 from lpcompile.codegen.example import example, mismatch
+from lpcompile.codegen.source import Schedule
 from lpcompile.fused import fused_reference
 from lpcompile.kernel import parse
 from lpcompile.target import Target
@@ -43,6 +45,38 @@ def test_an_operator_runs_the_generated_kernel():
     assert chosen is not None and chosen.times == {}
     assert tune.winner(GEMM, (48, 40, 65)) is None
     launch.install()
+
+
+def test_the_unfused_operators_are_kernels_too():
+    """Their implementations for a GPU, on CPU tensors."""
+    x, w = torch.randn(40, 96).to(torch.bfloat16), torch.randn(64, 96).to(torch.bfloat16)
+    cast, other, seed = "e2m1:1x32:e8m0:up:sr|1", "e2m1:1x32:e8m0:matched|0|0:h32drawn", torch.tensor([3])
+    parts = launch._quantize(x, cast, seed, 5)
+    expected = ops.quantize_reference(x, cast, seed, 5)
+    assert all(torch.equal(a, b) for a, b in zip(parts, expected, strict=True))
+    assert not torch.equal(parts[0], ops.quantize_reference(x, cast, seed, 6)[0])
+    again = launch._requantize(parts, cast, other, 96, torch.bfloat16, seed, 0, (1, 2))
+    expected = ops.requantize_reference(parts, cast, other, 96, torch.bfloat16, seed, 0, (1, 2))
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    decoded = launch._dequantize(parts, cast, 96, torch.bfloat16)
+    assert torch.equal(decoded, ops.dequantize_reference(parts, cast, 96, torch.bfloat16)) and decoded.any()
+    left, right = (ops.quantize_reference(each, "e4m3:row|1") for each in (x, w))
+    dot, bias = "e4m3:row|1 @ e4m3:row|1'", torch.randn(64).to(torch.bfloat16)
+    found = launch._scaled_mm(left, right, bias, dot, None, torch.bfloat16)
+    expected = [ops.scaled_mm_reference(left, right, bias, dot, None, torch.bfloat16)]
+    assert mismatch(parse(GEMM), [found], expected) is None
+    assert len(launch._LAUNCHES) == 4 and not launch.FALLBACKS
+
+
+def test_what_no_kernel_means_runs_as_the_reference():
+    x = torch.randn(2, 8, 32)
+    assert torch.equal(launch._quantize(x, "int8:row|1")[0], ops.quantize_reference(x, "int8:row|1")[0])
+    parts = ops.quantize_reference(x[0], "int8:row|1")
+    assert torch.equal(
+        launch._dequantize(parts, "int8:row|1", 32, torch.float32),
+        ops.dequantize_reference(parts, "int8:row|1", 32, torch.float32),
+    )
+    assert not launch._LAUNCHES
 
 
 def test_strided_inputs():
@@ -86,3 +120,15 @@ def test_a_wrong_kernel_is_disabled(monkeypatch):
     with pytest.warns(UserWarning, match=r"runs as plain PyTorch, slowly: its self-test on \w+ failed \(3.0%"):
         found = fused(call)
     assert torch.equal(found[0], call.reference()[0])
+
+
+def test_the_next_schedule_stands_in_for_a_wrong_one(monkeypatch):
+    wrong, right = Schedule((16, 16, 32), 4, 2), Schedule((32, 32, 32), 4, 2)
+    monkeypatch.setattr(tune, "schedules", lambda *_: (wrong, right))
+    monkeypatch.setattr(tune, "fault", lambda *given: "3.0% of 64 elements are right" if given[3] == wrong else None)
+    call = example(parse(GEMM), (16, 32, 32))
+    with pytest.warns(UserWarning, match=r"16x16x32.* failed its self-test on interpret: 3.0%"):
+        found = fused(call)
+    assert mismatch(call.kernel, found, call.reference()) is None and not launch.FALLBACKS
+    chosen = tune.winner(GEMM, (16, 32, 32))
+    assert chosen is not None and chosen.schedule == str(right)

@@ -1,0 +1,346 @@
+"""How `device.py` measures: cases in worker processes that may die, settings that travel to them, clocks, compiled contenders.
+
+A part is a list of cases and a function that turns one case into a row. A worker runs the cases of a part one after the other
+and writes each row as soon as it is known; where it dies or hangs, the case it was at is marked and a new worker goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = "bf16"
+TORCHAO = {"torchao tensorwise": "tensorwise", "torchao rowwise": "rowwise"}
+# What the measurements are about first: a part that runs out of time loses the end of the list.
+RECIPES = (
+    "fp8-rowwise",
+    "fp8-tensorwise",
+    "halo2-int8",
+    "deepseek",
+    "int8-rowwise",
+    "mxfp8",
+    "nvfp4",
+    "quartet2",
+    "quartet",
+    "mxfp4",
+)
+
+Case = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every part is told. budget: seconds a part may take; minutes: of training per recipe, in bf16's time; graphs: under
+    CUDA graphs; always: also where low precision is predicted slower; torchao: a folder or wheel to import it from."""
+
+    out: str
+    recipes: tuple[str, ...] = RECIPES
+    tokens: tuple[int, ...] = (8192, 16384)
+    budget: float = 510.0
+    minutes: float = 2.0
+    quick: bool = False
+    dry: bool = False
+    graphs: bool = False
+    always: bool = False
+    profile: bool = False
+    torchao: str = ""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.dry else "cuda")
+
+    @staticmethod
+    def read(text: str) -> Settings:
+        known = json.loads(text)
+        return Settings(**{**known, "recipes": tuple(known["recipes"]), "tokens": tuple(known["tokens"])})
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+
+@dataclass(frozen=True)
+class Part:
+    """cases: what there is to do, each with a `name`. run: one case, given the rows before it. lines: the short table.
+
+    fresh: each case in a process and with caches of its own, so that compilation is cold and memory its own.
+    limit: seconds that one case may take.
+    """
+
+    name: str
+    cases: Callable[[Settings], list[Case]]
+    run: Callable[[Case, Settings, list[Row]], Row]
+    lines: Callable[[list[Row]], list[tuple[str, ...]]]
+    fresh: bool = False
+    limit: float = 180.0
+
+
+# ---- workers -----------------------------------------------------------------------------------------------------
+
+
+def run_part(part: Part, settings: Settings, script: Path) -> list[Row]:
+    """All rows of a part, those of cases that failed or were not reached with an `error`."""
+    deadline = time.monotonic() + settings.budget
+    folder = Path(settings.out) / part.name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    cases = part.cases(settings)
+    while len(rows) < len(cases):
+        left = deadline - time.monotonic()
+        rest = cases[len(rows) :]
+        if left < 5:
+            rows += [{"name": case["name"], "error": "not reached in time"} for case in rest]
+            break
+        batch = rest[:1] if part.fresh else rest
+        found, died = _worker(part, settings, batch, rows, folder, deadline, script)
+        rows += found
+        if len(found) < len(batch) and died:
+            rows.append({"name": batch[len(found)]["name"], "error": died})
+        (folder / "rows.json").write_text(json.dumps(rows, indent=1))
+    (folder / "rows.json").write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def _worker(
+    part: Part, settings: Settings, cases: list[Case], before: list[Row], folder: Path, deadline: float, script: Path
+) -> tuple[list[Row], str]:
+    """The rows that one process finished, and why it ended early."""
+    order, answers = folder / f"order{len(before)}.json", folder / f"answers{len(before)}.jsonl"
+    order.write_text(json.dumps({"settings": settings.text(), "cases": cases, "before": before}))
+    answers.write_text("")
+    environment = {**os.environ}
+    if part.fresh:
+        caches = folder / f"cache{len(before)}"
+        names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "LPCOMPILE_CACHE": "lpcompile"}
+        environment |= {key: str(caches / name) for key, name in names.items()}
+    with (folder / f"log{len(before)}.txt").open("w") as log:
+        command = [sys.executable, str(script), "--worker", part.name, str(order), str(answers)]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        died = _watch(process, answers, part.limit, deadline)
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    for row in rows:
+        print(f"  {part.name}: {summary(row)}", flush=True)
+    if died is None:
+        died = f"the process ended with status {process.returncode}: {_tail(folder / f'log{len(before)}.txt')}"
+    return rows, died
+
+
+def _watch(process: subprocess.Popen[bytes], answers: Path, limit: float, deadline: float) -> str | None:
+    """Waits for a worker; ends it where a case takes too long. Returns why it was ended."""
+    while True:
+        try:
+            process.wait(timeout=1.0)
+        except subprocess.TimeoutExpired:
+            # The first case also pays for imports.
+            stuck = time.time() - answers.stat().st_mtime > limit
+            late = time.monotonic() > deadline
+            if stuck or late:
+                process.kill()
+                process.wait()
+                return f"more than {limit:.0f} s" if stuck else "out of time"
+        else:
+            return None
+
+
+def serve(part: Part, order: Path, answers: Path) -> None:
+    """What a worker does."""
+    told = json.loads(order.read_text())
+    settings, before = Settings.read(told["settings"]), told["before"]
+    prepare(settings)
+    with answers.open("a") as file:
+        for case in told["cases"]:
+            started = time.perf_counter()
+            row: Row = {"name": case["name"], **case}
+            try:
+                row |= part.run(case, settings, before)
+            except (
+                RuntimeError,
+                ValueError,
+                TypeError,
+                AttributeError,
+                ImportError,
+                AssertionError,
+                KeyError,
+                OSError,
+            ) as error:
+                print(f"{case['name']}: {error!r}", flush=True)
+                row["error"] = f"{type(error).__name__}: {str(error).strip()[:400]}"
+                sys.excepthook(type(error), error, error.__traceback__)
+            row["seconds"] = round(time.perf_counter() - started, 1)
+            before.append(row)
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            if "CUDA error" in row.get("error", ""):
+                # Nothing works in a process whose context is lost; a new one takes over.
+                os._exit(3)
+
+
+def prepare(settings: Settings) -> None:
+    """Paths, and limits that many contenders in one process need."""
+    if settings.torchao:
+        sys.path.insert(0, settings.torchao)
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 10000
+    torch.set_float32_matmul_precision("high")
+
+
+def unpack_wheel(wheel: Path, folder: Path) -> Path:
+    """A folder to import a wheel from."""
+    if wheel.is_dir():
+        return wheel
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def _tail(path: Path) -> str:
+    return path.read_text(errors="replace").strip()[-400:].replace("\n", " | ")
+
+
+def summary(row: Row) -> str:
+    """One row on one line."""
+    shown = {k: v for k, v in row.items() if k not in ("name", "detail", "profile") and not isinstance(v, (dict, list))}
+    return f"{row['name']}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+
+
+# ---- clocks ------------------------------------------------------------------------------------------------------
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was queued on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20, inner: int = 1) -> float:
+    """Median time of a call that was warmed up, each repeat between two events of the device."""
+    if device.type == "cpu":
+        times = []
+        for _ in range(min(repeats, 3)):
+            started = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - started))
+        return statistics.median(times)
+    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    for start, end in marks:
+        start.record()
+        for _ in range(inner):
+            call()
+        end.record()
+    torch.cuda.synchronize(device)
+    return float(statistics.median(start.elapsed_time(end) / inner for start, end in marks))
+
+
+def in_turns(
+    theirs: Callable[[], Any], ours: Callable[[], Any], device: torch.device, turns: int = 3, repeats: int = 10
+) -> tuple[float, float, float]:
+    """(theirs, ours) in milliseconds and the median of their ratio over turns that follow each other."""
+    for call in (theirs, ours):
+        for _ in range(3):
+            call()
+    pairs = [(milliseconds(theirs, device, repeats), milliseconds(ours, device, repeats)) for _ in range(turns)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs), ratio
+
+
+# ---- contenders --------------------------------------------------------------------------------------------------
+
+
+def contenders(settings: Settings) -> list[str]:
+    """bf16, torchao where it can be imported, ours."""
+    found = [BASELINE]
+    if settings.torchao or _importable("torchao"):
+        found += list(TORCHAO)
+    return found + list(settings.recipes)
+
+
+def _importable(name: str) -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec(name) is not None
+
+
+def compiled(model: nn.Module, contender: str, settings: Settings) -> Any:
+    """The model as a contender compiles it."""
+    graphs = {"triton.cudagraphs": True} if settings.graphs else {}
+    if contender == BASELINE or contender in TORCHAO:
+        if contender in TORCHAO:
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+            def wanted(module: nn.Module, name: str) -> bool:
+                sizes = isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
+                return sizes and "lm_head" not in name
+
+            config = Float8LinearConfig.from_recipe_name(TORCHAO[contender])
+            model = convert_to_float8_training(model, config=config, module_filter_fn=wanted)
+        backend = "eager" if settings.dry else "inductor"
+        how: dict[str, Any] = {"options": graphs} if graphs else {}
+        return torch.compile(model, dynamic=False, backend=backend, **how)
+    from lpcompile.backend import lowprec
+
+    options: dict[str, Any] = {"recipe": contender, "always": settings.always, "inductor": graphs}
+    if settings.dry:
+        options |= {"executor": "reference", "always": True}
+    return torch.compile(model, dynamic=False, backend=lowprec, options=options)
+
+
+def launches() -> dict[str, Any]:
+    """What this process's generated kernels came to: schedules with their times, and kernels that run as the reference."""
+    from lpcompile.codegen import launch, tune
+
+    return {
+        "fallbacks": dict(launch.FALLBACKS),
+        "choices": {f"{kernel} {sizes}": asdict(choice) for (kernel, sizes), choice in tune._CHOICES.items()},
+    }
+
+
+def profiled(call: Callable[[], Any], settings: Settings, rows: int = 25) -> list[list[Any]]:
+    """Microseconds and count of each kernel of one call, the longest first."""
+    from torch.profiler import ProfilerActivity, profile
+
+    if settings.dry:
+        return []
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        call()
+        torch.cuda.synchronize()
+    found = [[e.key[:120], round(e.self_device_time_total, 1), e.count] for e in seen.key_averages()]
+    return sorted(found, key=lambda each: -each[1])[:rows]
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[dict[str, float]]:
+    """GiB that tensors took at most inside the block."""
+    found = {"peak_gib": 0.0}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    if device.type == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+
+
+def randn(*shape: int, settings: Settings, scale: float = 1.0) -> Tensor:
+    """bf16 numbers on the device."""
+    return (torch.randn(*shape, device=settings.device) * scale).to(torch.bfloat16)
+
+
+def columns(lines: Sequence[tuple[str, ...]]) -> str:
+    """A table of text: the first line holds headings; the first column is left-aligned."""
+    widths = [max(len(line[i]) for line in lines if i < len(line)) for i in range(max(map(len, lines)))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=False)))
+        for line in lines
+    )

@@ -1,0 +1,178 @@
+"""The kernels that quantise one matrix: `amax_kernel` where tiles share scales, and `cast_kernel`, which writes the outputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lpcompile.codegen.extents import Extent
+from lpcompile.codegen.fragments import Fragments
+from lpcompile.codegen.function import Function
+from lpcompile.codegen.origin import Origin
+from lpcompile.codegen.turn import emit_turn
+from lpcompile.codegen.views import Blocks, View, origin
+from lpcompile.codegen.write import emit_write
+
+assert __name__ == "lpcompile.codegen.group", "import it as lpcompile.codegen, not as codegen"
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """Amax that tiles share: of blocks that span an axis of a view's matrix. offset: in the buffer of all peaks."""
+
+    view: View
+    tile_name: str
+    block: tuple[int, int]
+    count: str
+    offset: str
+
+    @property
+    def mirrored(self) -> bool:
+        """True where they are found in the tile as it was read, for an output that is transposed."""
+        return self.view.output.transposed and self.tile_name == "x"
+
+
+class Group:
+    """Outputs made of one matrix. suffix: of the kernels' names. written: a name for the tile itself, if it is stored."""
+
+    def __init__(
+        self,
+        source: Origin,
+        extents: tuple[Extent, Extent],
+        tile: tuple[int, int],
+        views: list[View],
+        fragments: Fragments,
+        sizes: list[str],
+        suffix: str = "",
+        written: str = "",
+    ) -> None:
+        self.source, self.extents, self.tile, self.views = source, extents, tile, views
+        self.fragments, self.sizes, self.suffix, self.written = fragments, sizes, suffix, written
+        self.peaks: dict[int, Peaks] = {}
+        self.distinct: list[Peaks] = []
+        self._find_peaks()
+        self.turns: dict[int, tuple[str, list[str]]] = {}
+        for view in views:
+            if view.rotations != (None, None):
+                self.turns[view.index] = emit_turn(view, source.dtype, fragments)
+        self.writes = [emit_write(view, fragments) for view in views]
+        self.kernels = [*([self._amax_kernel()] if self.distinct else []), self._cast_kernel()]
+        for each in (source.function, *self.writes):
+            each.take(*sizes)
+
+    @property
+    def peaks_name(self) -> str:
+        return f"peaks{self.suffix}"
+
+    @property
+    def peaks_count(self) -> str:
+        """Length of the buffer of peaks, as launchers write it."""
+        return " + ".join(each.count for each in self.distinct)
+
+    @property
+    def texts(self) -> list[str]:
+        return [
+            self.source.function.text,
+            *(text for text, _ in self.turns.values()),
+            *(each.text for each in self.writes),
+            *(each.text for each in self.kernels),
+        ]
+
+    def _find_peaks(self) -> None:
+        found: dict[object, Peaks] = {}
+        offsets: list[str] = []
+        for view in self.views:
+            if view.peak_block is None:
+                continue
+            # Peaks of the tile as it was read are the same for transposed outputs, read the other way around.
+            mirrored = view.output.transposed and view.rotations == (None, None)
+            block = view.peak_block[::-1] if mirrored else view.peak_block
+            name = "x" if mirrored else view.tile_name
+            key = name, block
+            if key not in found:
+                extents = view.extents[::-1] if mirrored else view.extents
+                counts = [extent.blocks(length) for extent, length in zip(extents, block, strict=True)]
+                count = " * ".join(each.host for each in counts if each.known != 1) or "1"
+                found[key] = Peaks(view, name, (block[0], block[1]), count, " + ".join(offsets))
+                offsets.append(count)
+            self.peaks[view.index] = found[key]
+        self.distinct = list(found.values())
+
+    def _pointer(self, peaks: Peaks) -> str:
+        return f"{self.peaks_name} + {peaks.offset}" if peaks.offset else self.peaks_name
+
+    def _start(self, name: str, doc: str) -> Function:
+        """A kernel up to the tile as it was read."""
+        function = Function(f"{name}{self.suffix}", doc)
+        across = self.extents[1].blocks(self.tile[1]).text
+        function.take(*(each.name for each in self.source.tensors))
+        function.add(
+            "program = tl.program_id(0)",
+            f"row0 = program // {across} * {self.tile[0]}",
+            f"col0 = program % {across} * {self.tile[1]}",
+        )
+        tensors = [each.name for each in self.source.tensors if each.name in self.source.function.arguments]
+        function.add(f"x = {self.source.function.name}({', '.join(['row0', 'col0', *tensors, *self.sizes])})")
+        return function
+
+    def _tile_of(self, view: View, name: str, function: Function, made: set[str]) -> None:
+        """Adds what makes the tile called `name`, once."""
+        if name in made or name == "x":
+            return
+        if name != "xt" and view.output.transposed:
+            self._tile_of(view, "xt", function, made)
+        made.add(name)
+        if name == "xt":
+            function.add("xt = tl.trans(x)")
+            return
+        arguments = [function.take(self._passed(each, view)) for each in self.turns[view.index][1]]
+        source = "xt" if view.output.transposed else "x"
+        function.add(f"{name} = turn_{view.index}({', '.join([source, *arguments])})")
+
+    def _amax_kernel(self) -> Function:
+        function = self._start("amax_kernel", "Raises the peaks (bits of amax, 0 before) that tiles share.")
+        function.take(self.peaks_name)
+        made: set[str] = set()
+        for peaks in self.distinct:
+            view = peaks.view
+            self._tile_of(view, peaks.tile_name, function, made)
+            flip = -1 if peaks.mirrored else 1
+            tile, extents = view.tile[::flip], view.extents[::flip]
+            blocks = Blocks.of(tile, peaks.block)
+            bits = blocks.apart(f"{self.fragments.magnitude_bits()}({peaks.tile_name})")
+            value = blocks.as_matrix(blocks.reduced(bits))
+            rows, cols = (
+                length != 0 and not extent.divides(size)
+                for length, extent, size in zip(peaks.block, extents, tile, strict=True)
+            )
+            place = ("col0", "row0") if view.output.transposed and not peaks.mirrored else ("row0", "col0")
+            row, col = origin(peaks.block, place)
+            sizes = [extent.blocks(length).text for extent, length in zip(extents, peaks.block, strict=True)]
+            raised = f"{self._pointer(peaks)}, {value}, {row}, {col}, {', '.join(sizes if rows else sizes[1:])}"
+            function.add(f"{self.fragments.raise_to(rows, cols)}({raised})")
+        function.take(*self.sizes)
+        return function
+
+    def _cast_kernel(self) -> Function:
+        doc = "Reads a tile and writes each output's." if self.views else "Writes a tile."
+        function = self._start("cast_kernel", doc)
+        if self.distinct:
+            function.take(self.peaks_name)
+        if self.written:
+            rows, cols = (not extent.divides(size) for extent, size in zip(self.extents, self.tile, strict=True))
+            sizes = ", ".join(each.text for each in (self.extents if rows else self.extents[1:]))
+            function.add(f"{self.fragments.store(rows, cols)}({function.take(self.written)}, x, row0, col0, {sizes})")
+        made: set[str] = set()
+        for view, write in zip(self.views, self.writes, strict=True):
+            self._tile_of(view, view.tile_name, function, made)
+            place = "col0, row0" if view.output.transposed else "row0, col0"
+            passed = [self._passed(each, view) for each in write.arguments]
+            function.take(*(each.partition(" ")[0] for each in passed))
+            function.add(f"{write.name}({', '.join([view.tile_name, place, *passed, *self.sizes])})")
+        function.take(*self.sizes)
+        return function
+
+    def _passed(self, name: str, view: View) -> str:
+        """How a kernel calls what a function of a view takes."""
+        if name == "peaks":
+            return self._pointer(self.peaks[view.index])
+        return name if name == "seed" else f"{name}_{view.index}"

@@ -1,0 +1,235 @@
+"""How a tile's block scales are found and what they make of its values: one function for each family of scale rules.
+
+Each adds lines that define `scale` (FP32, one a block, as it is stored), and either `scaled` (what is rounded to codes) or
+`grid` (rounded already); they return the condition under which codes are valid, as text.
+"""
+
+from __future__ import annotations
+
+from lpcompile.codegen.fragments import Fragments
+from lpcompile.codegen.function import Function
+from lpcompile.codegen.noise import stream_key, uniform
+from lpcompile.codegen.views import View, origin
+from lpcompile.errors import KernelError
+from lpcompile.formats import E2M1, E4M3, EDEN_CLIP, EDEN_GROUP, Rounding, Rule
+
+assert __name__ == "lpcompile.codegen.rules", "import it as lpcompile.codegen, not as codegen"
+
+_FLT_MAX = "3.4028234663852886e+38"
+
+
+def add_scale(view: View, fragments: Fragments, function: Function) -> str:
+    """Adds the lines of a view's rule. `x`: the tile in FP32, its blocks apart; `noise` where rounding is stochastic."""
+    blocks, quant = view.blocks, view.quant
+    bits = fragments.magnitude_bits()
+    if view.peak_block is not None:
+        counts = blocks.counts if quant.outer is None else (1, 1)
+        row, col = origin(view.peak_block)
+        rows, cols = view.checks(view.peak_block)
+        load = fragments.load(rows, cols)
+        extents = [extent.blocks(length).text for extent, length in zip(view.extents, view.peak_block, strict=True)]
+        sizes = ", ".join(extents if rows else extents[1:])
+        loaded = f"{load}({function.take('peaks')}, {counts[0]}, {counts[1]}, {row}, {col}, {sizes})"
+        name = "tensor_bits" if quant.outer is not None else "peak_bits"
+        shape = blocks.beside(loaded) if quant.outer is None else f"tl.reshape({loaded}, {(1,) * len(blocks.shape)})"
+        function.add(f"{name} = {shape if len(blocks.shape) != 2 else loaded}")
+    if quant.outer is not None or view.peak_block is None:
+        function.add(f"peak_bits = {blocks.reduced(f'{bits}(x)')}")
+    if quant.rule is Rule.EDEN:
+        return _eden(view, fragments, function)
+    if quant.outer is not None:
+        return _two_level(view, fragments, function)
+    return _one_level(view, fragments, function)
+
+
+# ---- one level ---------------------------------------------------------------------------------------------------
+
+
+def _one_level(view: View, fragments: Fragments, function: Function) -> str:
+    quant = view.quant
+    if quant.masked:
+        _quest(view, fragments, function)
+    else:
+        function.add(f"scale = {fragments.peak_scale(quant)}(peak_bits)")
+    # The reference multiplies first: the product may round.
+    values = f"x * {quant.constant!r}" if quant.constant != 1.0 else "x"
+    if quant.pow2:
+        function.add(f"scaled = {values} * {fragments.inverse_power_of_two()}(scale)")
+    else:
+        function.add(f"scaled = {fragments.divide()}({values}, scale)")
+    return "scale == scale"
+
+
+def _quest(view: View, fragments: Fragments, function: Function) -> None:
+    quant, blocks = view.quant, view.blocks
+    if view.peak_block is not None:
+        raise KernelError(f"{view.output}: {quant.rule} of blocks that span an axis is not generated")
+    paper = quant.rule is Rule.QUEST_PAPER
+    count = view.block[0] * view.block[1]
+    fragments.checked_scale()
+    assert quant.quest_clip is not None
+    function.add(
+        "# Squares of values near 1 neither overflow nor vanish.",
+        "unit = tl.maximum(peak_bits & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)",
+        f"near_one = x * {fragments.inverse_power_of_two()}(unit)",
+        f"power = {blocks.reduced('near_one * near_one', 'tl.sum')} * {1 / count!r}",
+    )
+    if paper:
+        mean = blocks.reduced("near_one", "tl.sum")
+        function.add(f"mean = {mean} * {1 / count!r}", "power = power - mean * mean")
+        function.add("power = tl.where(power < 0, 0.0, power)")
+    wanted = f"tl.sqrt_rn(power) * {quant.quest_clip / quant.target!r} * unit{' + 1e-08' if paper else ''}"
+    power_of_two = fragments.power_of_two(quant.rule)
+    function.add(f"scale = {power_of_two}({wanted}) * (peak_bits > 0)", "scale = checked_scale(scale, peak_bits)")
+
+
+# ---- two levels --------------------------------------------------------------------------------------------------
+
+
+def _tensor_encode(fragments: Fragments) -> str:
+    return fragments.add(
+        "tensor_encode",
+        f'''
+def tensor_encode(peak_bits, TOP: tl.constexpr):
+    """The factor that maps a tensor's amax to TOP, 1 where there is none."""
+    peak = peak_bits.to(tl.float32, bitcast=True)
+    encode = tl.div_rn(tl.full(peak.shape, TOP, tl.float32), peak)
+    encode = tl.where(encode > {_FLT_MAX}, {_FLT_MAX}, encode)
+    return tl.where((peak > 0) & (encode > 0), encode, 1.0)
+''',
+    )
+
+
+def _reciprocal(fragments: Fragments) -> str:
+    return fragments.add(
+        "reciprocal",
+        '''
+def reciprocal(x):
+    """1 / x, correctly rounded."""
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+''',
+    )
+
+
+def _two_level_scale(fragments: Fragments) -> str:
+    grid = fragments.grid(E4M3, Rounding.RTNE)
+    _reciprocal(fragments)
+    return fragments.add(
+        "two_level_scale",
+        f'''
+def two_level_scale(peak_bits, encode, TOP: tl.constexpr, PER_TOP: tl.constexpr):
+    """(block scale, factor of the values): amax goes to TOP; the order of operations is TransformerEngine's."""
+    raw = peak_bits.to(tl.float32, bitcast=True) * (encode * PER_TOP)
+    scale = {grid}(tl.where(raw > 448.0, 448.0, raw))
+    inverse = reciprocal(scale * reciprocal(encode))
+    return scale, tl.where(inverse > {_FLT_MAX}, {_FLT_MAX}, inverse)
+''',
+    )
+
+
+def _two_level(view: View, fragments: Fragments, function: Function) -> str:
+    quant = view.quant
+    four_six = quant.rule is Rule.FOUR_SIX
+    top = (256.0 if four_six else quant.scale.max) * quant.target
+    _reciprocal(fragments)
+    scale = _two_level_scale(fragments)
+    function.add(
+        f"encode = {_tensor_encode(fragments)}(tensor_bits, {top!r})",
+        'outer = tl.where(tensor_bits < 0x7F800000, reciprocal(encode), float("nan"))',
+        f"scale, inverse = {scale}(peak_bits, encode, {quant.target!r}, {1 / quant.target!r})",
+    )
+    if not four_six:
+        function.add("scaled = x * inverse")
+        return "outer == outer"
+    noise = ", noise" if quant.rounding.stochastic else ""
+    grid = fragments.grid(quant.elem, quant.rounding)
+    target = quant.target * (4.0 / 6.0)
+    errors = [
+        view.blocks.reduced(f"squared_error({name}, {factor}, x)", "tl.sum")
+        for name, factor in (("grid", "scale * factor"), ("grid_4", "scale_4 * factor"))
+    ]
+    fragments.add(
+        "squared_error",
+        '''
+def squared_error(grid, factor, x):
+    """FP64: the order of an FP32 sum could decide between two scales."""
+    error = (grid * factor - x).to(tl.float64)
+    return error * error
+''',
+    )
+    function.add(
+        f"grid = {grid}(x * inverse{noise})",
+        f"scale_4, inverse_4 = {scale}(peak_bits, encode, {target!r}, {1 / target!r})",
+        f"grid_4 = {grid}(x * inverse_4{noise})",
+        "factor = reciprocal(encode)",
+        f"four = {errors[1]} < {errors[0]}",
+        "scale = tl.where(four, scale_4, scale)",
+        "grid = tl.where(four, grid_4, grid)",
+    )
+    return "outer == outer"
+
+
+# ---- MS-EDEN -----------------------------------------------------------------------------------------------------
+
+
+def _eden(view: View, fragments: Fragments, function: Function) -> str:
+    quant, blocks = view.quant, view.blocks
+    reach = quant.target / EDEN_CLIP
+    round_scale = fragments.grid(E4M3, Rounding.RTNE)
+    function.add(
+        f"outer = tl.div_rn(tensor_bits.to(tl.float32, bitcast=True), {256.0 * reach!r})",
+        'outer = tl.where(tensor_bits < 0x7F800000, tl.where(outer > 0, outer, 1.0), float("nan"))',
+        f"scale = {round_scale}(tl.div_rn(peak_bits.to(tl.float32, bitcast=True), outer * {reach!r}))",
+        "scale = tl.where(scale == 0, 1.0, scale)",
+        f"scaled = {fragments.divide()}(x, scale * outer)",
+        f"grid = {fragments.grid(E2M1, Rounding.RTNE)}(scaled)",
+        "# FP64: the order of an FP32 sum could change a rounded scale.",
+        "wide = scaled.to(tl.float64)",
+    )
+    along = 1 if view.axis == 1 else 0
+    group = EDEN_GROUP // view.block[along]
+    counts = blocks.counts
+    if counts[along] % group:
+        raise KernelError(f"{view.output}: {EDEN_GROUP} elements of a row are corrected together, tiles have fewer")
+    for name, value in (("power", "wide * wide"), ("product", "wide * grid.to(tl.float64)")):
+        function.add(f"{name} = {blocks.as_matrix(blocks.reduced(value, 'tl.sum'))}")
+        function.add(f"{name} = {_group_sum(fragments, along)}({name}, {group})")
+    row, col = origin(view.block)
+    transposed = view.output.transposed
+    shape = counts[::-1] if transposed else counts
+    place = (col, row) if transposed else (row, col)
+    extent = view.scale_extents[0 if transposed else 1]
+    noise = uniform(fragments, False, extent)
+    drawn = f"{noise}({add_key(view, fragments, function)}, {place[0]}, {place[1]}, {extent.text}, {shape[0]}, {shape[1]})"
+    function.add(
+        "correction = tl.where(product > 0, power / product, 1.0).to(tl.float32)",
+        f"corrected = {blocks.as_matrix('scale')} * correction",
+        "corrected = tl.where(corrected > 448.0, 448.0, corrected)",
+        f"noise = {f'tl.trans({drawn})' if transposed else drawn}",
+        f"scale = {blocks.beside(f'{fragments.grid(E4M3, Rounding.SR)}(corrected, noise)')}",
+    )
+    return "outer == outer"
+
+
+def _group_sum(fragments: Fragments, along: int) -> str:
+    if along == 1:
+        shape, axis = "(values.shape[0], values.shape[1] // COUNT, COUNT)", 2
+    else:
+        shape, axis = "(values.shape[0] // COUNT, COUNT, values.shape[1])", 1
+    return fragments.numbered(
+        "group_sum",
+        f'''
+def group_sum(values, COUNT: tl.constexpr):
+    """The sum of each COUNT neighbours {"in a row" if along == 1 else "in a column"}, in every one of them."""
+    groups = tl.reshape(values, {shape})
+    total = tl.sum(groups, axis={axis}, keep_dims=True)
+    return tl.reshape(tl.broadcast_to(total, groups.shape), values.shape)
+''',
+    )
+
+
+def add_key(view: View, fragments: Fragments, function: Function) -> str:
+    """The key of the stream that rounds this output."""
+    function.take("seed", "use")
+    function.add(f"key = {stream_key(fragments)}(seed, 2 * use)")
+    return "key"

@@ -1,0 +1,109 @@
+"""Rotations of a tile: a tensor-core product with the small matrix of +-1, which bears the signs as well."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from lpcompile.codegen.fragments import Fragments
+from lpcompile.codegen.noise import signs
+from lpcompile.codegen.views import View
+from lpcompile.errors import KernelError
+from lpcompile.recipe import Rotation, Signs
+
+assert __name__ == "lpcompile.codegen.turn", "import it as lpcompile.codegen, not as codegen"
+
+_LARGEST = 256  # beyond that the matrix leaves no room for a tile
+
+
+def fits(rotation: Rotation | None) -> bool:
+    """True where a rotation is one product of a tile with a small matrix."""
+    return rotation is None or (16 <= rotation.block <= _LARGEST and rotation.block & (rotation.block - 1) == 0)
+
+
+def emit_turn(view: View, dtype: torch.dtype, fragments: Fragments) -> tuple[str, list[str]]:
+    """(text, arguments after the tile) of `turn_<index>(x, ...)`: a view's tile turned along both axes, rounded to `dtype`."""
+    if not all(map(fits, view.rotations)):
+        raise KernelError(f"{view.output}: rotations of that size need a kernel of their own")
+    arguments = [f"spin_{axis}" for axis in (0, 1) if _drawn(view.output.cast.rotations[axis])]
+    arguments = (["seed"] if arguments else []) + arguments
+    lines: list[str] = []
+    first = True
+    # The order of the reference: along the columns of the matrix that is read, then along its rows.
+    for axis in (1, 0):
+        rotation = view.output.cast.rotations[axis]
+        if rotation is None:
+            continue
+        lines += _along(view, axis, rotation, dtype if first else torch.float32, fragments)
+        first = False
+    lines.append(f"return {fragments.rounded('x', dtype)}")
+    body = "\n".join(f"    {line}" for line in lines)
+    text = f'''@triton.jit
+def turn_{view.index}({", ".join(["x", *arguments])}):
+    """The tile, turned as {view.output} asks, rounded once."""
+{body}'''
+    return text, arguments
+
+
+def _drawn(rotation: Rotation | None) -> bool:
+    return rotation is not None and rotation.signs is Signs.DRAWN
+
+
+def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragments: Fragments) -> list[str]:
+    """Turns `x` along an axis of the matrix that is read; FP32 afterwards."""
+    block, size = rotation.block, max(rotation.block, 16)
+    flip = axis != (0 if view.output.transposed else 1)
+    tile = view.tile[::-1] if flip else view.tile
+    if tile[1] % size:
+        raise KernelError(f"{view.output}: a tile of {tile[1]} has no whole blocks of {size} to turn")
+    matrix = f"{matrix_fragment(fragments)}({block}, {size})"
+    if rotation.signs is not Signs.NONE:
+        matrix += f" * {signs(fragments, rotation, 'seed', f'spin_{axis}', size)}[:, None]"
+    flat = (tile[0] * tile[1] // size, size)
+    product = product_fragment(dtype, fragments)
+    lines = ["x = tl.trans(x)"] if flip else []
+    source = "x" if flat == tile else f"tl.reshape(x, {flat})"
+    lines.append(f"x = {product}({source}, {matrix}) * {1 / math.sqrt(block)!r}")
+    if flat != tile:
+        lines.append(f"x = tl.reshape(x, {tile})")
+    return [*lines, *(["x = tl.trans(x)"] if flip else [])]
+
+
+def matrix_fragment(fragments: Fragments) -> str:
+    """A function (order, size) -> matrix of +-1 in FP32."""
+    return fragments.add(
+        "hadamard",
+        '''
+def hadamard(BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """Sylvester's matrix of +-1 of order BLOCK."""
+    row = tl.arange(0, SIZE)[:, None]
+    col = tl.arange(0, SIZE)[None, :]
+    # The entry is -1 where row and column have an odd number of bits in common.
+    common = row & col & (BLOCK - 1)
+    common ^= common >> 4
+    common ^= common >> 2
+    common ^= common >> 1
+    return tl.where(row // BLOCK == col // BLOCK, 1.0 - 2.0 * (common & 1).to(tl.float32), 0.0)
+''',
+    )
+
+
+def product_fragment(dtype: torch.dtype, fragments: Fragments) -> str:
+    """A function (x, matrix of small integers in FP32) -> their product in FP32, for an x of this dtype."""
+    if fragments.interpreted:
+        body = '    return tl.dot(x.to(tl.float32), matrix, input_precision="ieee")'
+    elif dtype == torch.float32:
+        body = """    # Three BF16 numbers hold an FP32 one exactly.
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+    matrix = matrix.to(tl.bfloat16)
+    return tl.dot(high, matrix, tl.dot(middle, matrix, tl.dot(low, matrix)))"""
+    else:
+        body = "    return tl.dot(x, matrix.to(x.dtype))"
+    text = f'''def product(x, matrix):
+    """x times a matrix of +-1, summed in FP32."""
+{body}'''
+    return fragments.numbered("product", text)

@@ -1,0 +1,280 @@
+"""Bytes, FLOPs and time of a Kernel on a Target: numbers for numbers, sympy expressions for symbols.
+
+A launch takes as long as the slower of its matrix product and its memory traffic, plus what rotations multiply (they are
+done on tiles that are waited for: measured on a Hopper, the two add up), and never less than a launch costs.
+
+bytes: what the generated kernels move. A Cast reads its inputs twice where a scale spans an axis, because the first code needs
+the last element's amax; once elsewhere. A Gemm's operands are counted once: tiles of a group share them in the L2.
+minimum: what no kernel can do without. Each input once and each result once; a second read only where a scale spans more of
+the matrix than one program can hold.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+from lpcompile.formats import F32, Quant
+from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Input, Kernel, Output, RequantKernel
+from lpcompile.recipe import Cast, Dot, DotOperand, Rotation, decoded_parts, folds
+from lpcompile.target import Target
+
+# Share of the copy's bandwidth that casts reach, as measured on a Hopper: codes in one orientation, in both.
+ONE_WAY, BOTH_WAYS = 0.88, 0.80
+# Elements of a row that one program holds, so that its amax and its codes take one read.
+ROW = 16384
+# A rotation of more is a product of several, and of more than a row holds a trip through memory in FP32.
+TURN = 256
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One launch. read, written, minimum: bytes; flops: of a product in instructions of `kind`; turned: flops of rotations,
+    in bf16; share: of the bandwidth that such a kernel reaches; launches: functions that are started."""
+
+    read: Any
+    written: Any
+    minimum: Any
+    flops: Any = 0
+    kind: str = "bf16"
+    turned: Any = 0
+    share: float = 1.0
+    launches: int = 1
+
+    @property
+    def moved(self) -> Any:
+        return self.read + self.written
+
+    def time(self, target: Target) -> Any:
+        """Microseconds."""
+        product = self.flops / (rate(self.kind, target) * 1e6)
+        memory = self.moved / (self.share * target.bandwidth * 1e6)
+        turning = self.turned / (target.rates["bf16"] * 1e6)
+        return _larger(_larger(product, memory) + turning, self.launches * target.launch)
+
+
+def _larger(a: Any, b: Any) -> Any:
+    return sympy.Max(a, b) if isinstance(a, sympy.Expr) or isinstance(b, sympy.Expr) else max(a, b)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """How many products read the quantisations of one tensor: in this orientation, and in either."""
+
+    same: int = 1
+    all: int = 1
+
+
+ALONE = (Readers(), Readers())
+
+
+# ---- rates -------------------------------------------------------------------------------------------------------
+
+
+def rate(kind: str, target: Target) -> float:
+    """TFLOP/s of a kind of product (see `kind_of`)."""
+    if kind == "bf16-group":
+        # Scaling partial sums costs bf16 as much time as FP8, where it was measured.
+        fp8, grouped = (target.rates.get(each, 0.0) for each in ("fp8", "fp8-group"))
+        extra = 1 / grouped - 1 / fp8 if grouped else 0.15 / target.rates["bf16"]
+        return 1 / (1 / target.rates["bf16"] + extra)
+    return target.rates[kind] if kind in target.rates else target.rates["fp8"]
+
+
+def kind_of(a: Quant | None, b: Quant | None, target: Target, itemsize: int = 2) -> str:
+    """What multiplies two operands: a native instruction, or `bf16` (`f32`) on values that are decoded before.
+
+    `-group`: partial sums are scaled in FP32, one factor a row where b's blocks are square; `-groups`: two factors.
+    """
+    native = target.native(a, b)
+    groups = [q for q in (a, b) if q is not None and q.block.cols and not q.pow2 and q.outer is None]
+    if native not in (None, "fp8") or not groups:
+        return native or ("bf16" if itemsize == 2 else "f32")
+    if native is None:
+        return "bf16-group" if itemsize == 2 else "f32"
+    return "fp8-groups" if all(q.block.rows == 1 for q in groups) and len(groups) == 2 else "fp8-group"
+
+
+def _product_kind(dot: Dot, out: torch.dtype, target: Target) -> str:
+    if out == torch.float32 and dot.left.cast is None and dot.right.cast is None:
+        return "f32"
+    quants = [side.cast.quant if side.cast is not None else None for side in (dot.left, dot.right)]
+    if any(side.decoded or side.cast is None for side in (dot.left, dot.right)):
+        # On decoded values only the FP32 scales that did not fold are left.
+        scaled = any(q is not None and q.block.cols and not folds(q) for q in quants)
+        return "bf16-group" if scaled else "bf16"
+    return kind_of(quants[0], quants[1], target)
+
+
+# ---- bytes -------------------------------------------------------------------------------------------------------
+
+
+def _blocks(size: Any, block: int) -> Any:
+    """How many scales an axis takes; a fraction for sizes that a block does not divide."""
+    return size / block if block else 1
+
+
+def part_bytes(names: Iterable[str], cast: Cast, rows: Any, cols: Any) -> Any:
+    """Bytes of some tensors of a quantisation of a matrix [rows, cols]."""
+    quant = cast.quant
+    along = quant.block.along(cast.axis)
+    element = 0.5 if quant.packed else quant.storage.itemsize
+    found = {
+        "codes": element * rows * cols,
+        "values": 2 * rows * cols,
+        "scale": (1 if quant.scale != F32 else 4) * _blocks(rows, along[0]) * _blocks(cols, along[1]),
+        "outer": 4,
+        "mask": 0.125 * rows * cols,
+    }
+    return sum(found[name] for name in names)
+
+
+def _input_bytes(kind: Input, rows: Any, cols: Any) -> Any:
+    size = {"": rows * cols, "r": rows, "c": cols}[kind.vector]
+    return kind.dtype.itemsize * size
+
+
+def _output_bytes(outputs: Sequence[Output], rows: Any, cols: Any) -> Any:
+    return sum(part_bytes(output.parts, output.cast, rows, cols) for output in outputs)
+
+
+# ---- casts -------------------------------------------------------------------------------------------------------
+
+
+def _spans(output: Output) -> bool:
+    """True where a scale spans an axis, so that an amax comes first."""
+    quant = output.cast.quant
+    return quant.outer is not None or 0 in (quant.block.rows, quant.block.cols)
+
+
+def _held(output: Output, cols: Any) -> bool:
+    """True where one program could hold all that a scale of the output spans: a row of the matrix that it reads."""
+    quant, axis = output.cast.quant, output.cast.axis
+    fits = not isinstance(cols, sympy.Expr) and cols <= ROW
+    return fits and quant.outer is None and (quant.block.rows, quant.block.cols) == (1, 0) and axis == 1
+
+
+def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any) -> Cost:
+    """A Cast or a Requant. first: bytes of its inputs; again: of the least that a second read takes; kept: written besides."""
+    twice = any(map(_spans, outputs))
+    needed = any(_spans(output) and not _held(output, cols) for output in outputs)
+    written = kept + _output_bytes(outputs, rows, cols)
+    turned, trips = 0, 0
+    distinct = {(axis, turn) for output in outputs for axis, turn in enumerate(output.cast.rotations) if turn is not None}
+    for axis, turn in distinct:
+        wide = turn.block > TURN
+        # With an amax in front every tile is turned twice.
+        turned += 2 * rows * cols * _factors(turn) * (2 if twice else 1)
+        # Along rows a program holds what it turns; the other way it goes through memory: FP32 out and in again.
+        trips += 8 * rows * cols if wide and not (axis == 1 and turn.block <= ROW) else 0
+    both = len({output.transposed for output in outputs}) == 2
+    return Cost(
+        read=(2 if twice else 1) * first + trips / 2,
+        written=written + trips / 2,
+        minimum=first + (again if needed else 0) + written,
+        turned=turned,
+        share=BOTH_WAYS if both else ONE_WAY,
+        launches=2 if twice else 1,
+    )
+
+
+@functools.cache
+def _factors(turn: Rotation) -> int:
+    """Multiplications an element takes: the block, or the sum of the two sizes that a large block is a product of."""
+    if turn.block <= TURN:
+        return turn.block
+    return min(a + turn.block // a for a in range(2, turn.block) if turn.block % a == 0)
+
+
+def _cast(kernel: CastKernel, rows: Any, cols: Any) -> Cost:
+    inputs = sum(_input_bytes(kind, rows, cols) for kind in kernel.inputs)
+    result = kernel.dtype.itemsize * rows * cols
+    kept = result if kernel.keep else 0
+    # What is kept is the cheapest to read again where it has several sources.
+    again = result if kernel.keep and len(kernel.inputs) > 1 else inputs
+    return _quantising(inputs, again, kept, kernel.outputs, rows, cols)
+
+
+def _requant(kernel: RequantKernel, rows: Any, cols: Any) -> Cost:
+    source = part_bytes([name for name in kernel.source.quant.parts if name != "mask"], kernel.source, rows, cols)
+    return _quantising(source, source, 0, kernel.outputs, rows, cols)
+
+
+def _decode(kernel: DecodeKernel, rows: Any, cols: Any) -> Cost:
+    quant = kernel.source.quant
+    read = part_bytes(("codes", "scale") if folds(quant) else ("codes",), kernel.source, rows, cols)
+    written = 2 * rows * cols
+    return Cost(read, written, read + written, share=ONE_WAY)
+
+
+# ---- products ----------------------------------------------------------------------------------------------------
+
+
+def _operand(operand: DotOperand, outer: Any, k: Any, left: bool, itemsize: int) -> Any:
+    if operand.cast is None:
+        return itemsize * outer * k
+    k_axis = (1 if left else 0) ^ int(operand.transposed)
+    rows, cols = (outer, k) if k_axis == 1 else (k, outer)
+    names = decoded_parts(operand.cast.quant) if operand.decoded else operand.cast.quant.parts
+    return part_bytes([name for name in names if name != "mask"], operand.cast, rows, cols)
+
+
+def _gemm(kernel: GemmKernel, m: Any, n: Any, k: Any, target: Target) -> Cost:
+    size = kernel.out.itemsize
+    read = _operand(kernel.dot.left, m, k, True, size) + _operand(kernel.dot.right, n, k, False, size)
+    read += size * n if kernel.bias else 0
+    read += m * n / 8 if kernel.mask else 0
+    read += sum(_input_bytes(kind, m, n) for kind in kernel.then.inputs) if kernel.then is not None else 0
+    written = kernel.result.itemsize * m * n
+    turned, trips = 0, 0
+    for axis, turn in enumerate(kernel.undo):
+        if turn is not None:
+            turned += 2 * m * n * _factors(turn)
+            # More than a tile holds: the result makes a trip through memory, and along columns one for each factor.
+            trips += (2 if axis == 1 else 4) * size * m * n if turn.block > TURN else 0
+    kind = _product_kind(kernel.dot, kernel.out, target)
+    total = read + written
+    return Cost(read + trips / 2, written + trips / 2, total, flops=2 * m * n * k, kind=kind, turned=turned)
+
+
+# ---- any kernel --------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def kernel_cost(kernel: Kernel, sizes: tuple[Any, ...], target: Target) -> Cost:
+    """The cost of one launch. sizes: (rows, cols), of a Gemm (M, N, K), as ints or sympy expressions."""
+    if isinstance(kernel, GemmKernel):
+        m, n, k = sizes
+        return _gemm(kernel, m, n, k, target)
+    rows, cols = sizes
+    if isinstance(kernel, CastKernel):
+        return _cast(kernel, rows, cols)
+    return _requant(kernel, rows, cols) if isinstance(kernel, RequantKernel) else _decode(kernel, rows, cols)
+
+
+@dataclass(frozen=True)
+class Total:
+    """A list of launches. bytes, minimum: moved; time: microseconds."""
+
+    launches: int
+    bytes: Any
+    minimum: Any
+    flops: Any
+    time: Any
+
+
+def total(kernels: Iterable[tuple[Kernel, tuple[Any, ...]]], target: Target) -> Total:
+    """The sum over launches of a layer or a plan."""
+    costs = [kernel_cost(kernel, sizes, target) for kernel, sizes in kernels]
+    return Total(
+        sum(cost.launches for cost in costs),
+        sum(cost.moved for cost in costs),
+        sum(cost.minimum for cost in costs),
+        sum(cost.flops for cost in costs),
+        sum(cost.time(target) for cost in costs),
+    )

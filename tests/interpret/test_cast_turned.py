@@ -1,0 +1,92 @@
+"""Rotated casts, and casts of what codes stand for, in the interpreter: bitwise the reference's.
+
+Inputs of rotations are small integers times a power of two, so that every sum is exact in whatever order.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from casting import check, run, sample
+
+from lpcompile import ops
+from lpcompile.kernel import DecodeKernel, RequantKernel, parse
+from lpcompile.recipe import folds
+
+SEED = torch.tensor([987654321], dtype=torch.int64)
+NVFP4 = "e2m1:1x16:e4m3+f32"
+BF16 = "cast x0:bf16 = x0 as bf16 -> "
+TURNED = (
+    BF16 + f"e4m3:1x32:e8m0:up|1|1:h32, {NVFP4}:sr|0|0:h16fixed'",
+    BF16 + "int8:tensor|1|0:h16|1:h32, int8:tensor|1|1:h128fixed', int8:row|1|0:h64drawn",
+    "cast x0:f32 = x0 as f32 -> e2m1:1x32:e8m0:quest|1|1:h32drawn, e4m3:tensor|1|0:h256'",
+)
+REQUANTS = (
+    "requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
+    f"requant {NVFP4}:4over6|1 as bf16 -> {NVFP4}:eden|0|0:h128drawn', {NVFP4}:eden|0|0:h128drawn~'",
+    "requant e4m3:128x128|1 as bf16 -> e4m3:1x128|0'",
+    "requant int8:row|1 as f32 -> int8:row|0', e2m1:1x32:e8m0:up|1",
+)
+DECODES = (
+    f"decode {NVFP4}|1",
+    "decode e2m1:1x32:e8m0:up|0",
+    "decode int4:1x32|1",
+    "decode e4m3:1x128|1",
+    "decode e5m2:1x32:e8m0:up|1",
+    "decode e3m2:tensor|1",
+)
+LARGE = (
+    (BF16 + "int8:tensor|1|1:h1024, e4m3:row|1|1:h1024', int8:row|1", (5, 1000)),
+    (BF16 + "int8:tensor|1|0:h576drawn, e4m3:tensor|1|0:h28|1:h256fixed'", (560, 20)),
+    (BF16 + "int8:tensor|1|1:h448, e2m1:1x32:e8m0:up|1|1:h60'", (20, 440)),
+    ("cast x0:bf16 x1:f32[r] = mul(x0, x1) as f32 -> keep, int8:tensor|1|1:h512drawn", (9, 500)),
+)
+RANDOM = {"seed": SEED, "uses": [2, 3, 4], "spins": [5, 6, 7, 8, 9, 10]}
+
+
+def whole(shape: tuple[int, int], dtype: torch.dtype, broken: bool = False) -> torch.Tensor:
+    x = torch.randint(-6, 7, shape, generator=torch.Generator().manual_seed(sum(shape))).float() / 8
+    x[: shape[0] // 2, : shape[1] // 3] = 0.0
+    if broken:
+        x[0, 0], x[-1, -1] = float("nan"), float("inf")
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("text", TURNED)
+def test_turned(text: str) -> None:
+    dtype = parse(text).dtype
+    for shape, broken, symbolic in (((37, 200), True, False), ((130, 257), False, True), ((128, 256), False, False)):
+        check(*run(text, [whole(shape, dtype, broken)], symbolic=symbolic, **RANDOM))
+
+
+@pytest.mark.parametrize(("text", "shape"), LARGE)
+def test_too_large_for_a_tile(text: str, shape: tuple[int, int]) -> None:
+    kernel = parse(text)
+    powers = [torch.exp2(torch.arange(shape[0]) % 3).float() for _ in kernel.inputs[1:]]
+    for symbolic in (False, True):
+        check(*run(text, [whole(shape, torch.bfloat16, symbolic), *powers], symbolic=symbolic, **RANDOM))
+
+
+def codes_of(text: str, shape: tuple[int, int]) -> tuple[list[torch.Tensor], int]:
+    kernel = parse(text)
+    assert isinstance(kernel, RequantKernel | DecodeKernel)
+    parts = ops.quantize_reference(whole(shape, torch.bfloat16), str(kernel.source), SEED, 1, (2, 3))
+    if isinstance(kernel, DecodeKernel):
+        parts = parts[: 2 if folds(kernel.source.quant) else 1]
+    return parts, int(kernel.source.turned(shape)[1])
+
+
+@pytest.mark.parametrize("text", REQUANTS + DECODES)
+def test_codes(text: str) -> None:
+    for shape, symbolic in (((37, 200), False), ((130, 257), True)):
+        parts, cols = codes_of(text, shape)
+        check(*run(text, parts, [cols], symbolic=symbolic, **RANDOM))
+
+
+def test_gaussian_sums_differ_by_one_step_at_most() -> None:
+    """Sums of 32 in another order: a code may move to its neighbour where the sum lies on the edge between two."""
+    text = BF16 + "int8:tensor|1|1:h32"
+    (found, _), (expected, _) = run(text, [sample((64, 256))])
+    apart = (found.int() - expected.int()).abs()
+    assert int(apart.max()) <= 1 and int(apart.sum()) <= apart.numel() // 100
+    assert int((found.int() - expected.int().roll(1)).abs().max()) > 1
