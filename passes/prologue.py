@@ -227,7 +227,8 @@ def absorb(graph: Graph, plan: Plan, node: Node) -> Node | None:
     late = is_backward(node)
     region = Region(x, rows, cols, positions(graph), lambda each: late or not is_backward(each))
     region.grow()
-    others = [user for user in _readers(x) if user is not node]
+    seeds = [user for user in x.users if user.target is torch.ops.lowprec.draw_seed.default]
+    others = [user for user in x.users if user is not node and user not in seeds and user.target is not aten.sym_size.int]
     keep = bool(others)
     if keep and not _kept(region, others):
         return None
@@ -245,18 +246,13 @@ def absorb(graph: Graph, plan: Plan, node: Node) -> Node | None:
             part.replace_all_uses_with(getitem(graph, node, made, index + keep, part))
             graph.erase_node(part)
     graph.erase_node(node)
+    for seed in seeds:
+        # It looks at a tensor only for its device, and is drawn before the cast that may need it.
+        seed.replace_input_with(x, order[0])
     if keep:
         kept = getitem(graph, made.next, made, 0)
-        # The step's seed looks at a tensor only for its device; what the cast reads is there before it.
-        for seed in [user for user in x.users if user.target is torch.ops.lowprec.draw_seed.default]:
-            seed.replace_input_with(x, order[0])
         x.replace_all_uses_with(kept, lambda user: user is not made)
     return made
-
-
-def _readers(x: Node) -> list[Node]:
-    passing = (aten.sym_size.int, torch.ops.lowprec.draw_seed.default)
-    return [user for user in x.users if user.target not in passing]
 
 
 def _trivial(expr: Expr, order: list[Node], x: Node) -> bool:
