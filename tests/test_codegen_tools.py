@@ -257,6 +257,10 @@ def test_generated_text(family: str, name: str, target: str):
     """The text changes on purpose only: LPCOMPILE_UPDATE_GOLDEN=1 pytest tests/test_codegen_tools.py writes it anew."""
     sizes = Sizes.of(*cross_compile.SIZES[: 3 if family == "gemm" else 2])
     text = emit(parse(cross_compile.texts(family, target)[name]), sizes, find_target(target)).text
+    waits = (".item(", ".tolist(", ".cpu(", ".numpy(", "synchronize", "if seed", "int(seed")
+    launch = text.partition("def launch(")[2].partition("\ndef ")[0]
+    assert launch and not any(wait in launch for wait in waits), "a launch never waits for the device"
+    assert launch.count("enable_fp_fusion=False") >= 1
     assert unused(text) == []
     assert unused(text + "\n\ndef left_over():\n    pass\n") == ["left_over"]
     path = GOLDEN / f"{family}-{name.replace(' ', '_')}-{target}.expected"
