@@ -40,7 +40,7 @@ def test_steps_after_a_product(rest: str, shape: tuple[int, int, int], split: in
     [
         f"{ROW} -> f32 + bias",
         "gemm int8:row|1 @ int8:row|1' -> f32",
-        "gemm e4m3:1x32|1 @ e4m3:32x32|1' -> f32",
+        "gemm e4m3:1x128|1 @ e4m3:128x128|1' -> f32",
         "gemm hp' @ hp -> f32",
     ],
 )
