@@ -25,7 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from lpcompile import once, ops, pipeline
-from lpcompile.codegen import launch
+from lpcompile.codegen import launch, reveal
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import clean_name, parameter_of, size_hint
 from lpcompile.passes import PIPELINE
@@ -117,8 +117,9 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(__file__).resolve().parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    for path in sorted((pathlib.Path(__file__).resolve().parent / "passes").glob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in ("passes", "codegen"):
+        for path in sorted((pathlib.Path(__file__).resolve().parent / folder).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -160,6 +161,7 @@ class _Compiler:
         """Inductor, with the pipeline in its joint-graph slot and the user's own pass, if any, before it."""
         user = patches.pop("joint_custom_pre_pass", None) or inductor_config.joint_custom_pre_pass
         patches = {**patches, "joint_custom_pre_pass": _Slot(self, user, _names(gm))}
+        patches = reveal.patched(patches, self.target, source_digest())
         once.protect()
         if pipeline.capturing():
             patches["force_disable_caches"] = True
