@@ -22,10 +22,12 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from device_ceilings import CEILINGS
+from device_correct import CORRECT
+from device_kernels import KERNELS
 from device_layers import E2E, LINEAR, TRAIN
 from device_run import Part, Row, Settings, columns, run_part, serve, unpack_wheel
 
-PARTS: dict[str, Part] = {part.name: part for part in (CEILINGS, LINEAR, E2E, TRAIN)}
+PARTS: dict[str, Part] = {part.name: part for part in (CORRECT, CEILINGS, KERNELS, LINEAR, E2E, TRAIN)}
 
 
 def machine(dry: bool) -> dict[str, str]:

@@ -14,6 +14,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,7 +79,8 @@ class Part:
     """cases: what there is to do, each with a `name`. run: one case, given the rows before it. lines: the short table.
 
     fresh: each case in a process and with caches of its own, so that compilation is cold and memory its own.
-    limit: seconds that one case may take.
+    limit: seconds that one case may take. jobs: workers at a time. warm: so many workers at a time first run every case with
+    `warm` set, which compiles what it needs into the caches and measures nothing.
     """
 
     name: str
@@ -87,6 +89,8 @@ class Part:
     lines: Callable[[list[Row]], list[tuple[str, ...]]]
     fresh: bool = False
     limit: float = 180.0
+    jobs: int = 1
+    warm: int = 0
 
 
 # ---- workers -----------------------------------------------------------------------------------------------------
@@ -97,21 +101,42 @@ def run_part(part: Part, settings: Settings, script: Path) -> list[Row]:
     deadline = time.monotonic() + settings.budget
     folder = Path(settings.out) / part.name
     folder.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
     cases = part.cases(settings)
+    if part.warm and not settings.dry:
+        half = time.monotonic() + settings.budget / 2
+        _spread(part, settings, [{**case, "warm": True} for case in cases], part.warm, (folder / "warm", half, script))
+    rows = _spread(part, settings, cases, 1 if settings.dry else part.jobs, (folder, deadline, script))
+    (folder / "rows.json").write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def _spread(part: Part, settings: Settings, cases: list[Case], jobs: int, where: tuple[Path, float, Path]) -> list[Row]:
+    """The rows of cases that several workers share, in the order of the cases."""
+    folder, deadline, script = where
+    hands = [(cases[index::jobs], folder / str(index) if jobs > 1 else folder) for index in range(jobs)]
+    with ThreadPoolExecutor(jobs) as pool:
+        dealt = list(pool.map(lambda hand: _drain(part, settings, hand[0], (hand[1], deadline, script)), hands))
+    rows: list[Row] = [{}] * len(cases)
+    for index, found in enumerate(dealt):
+        rows[index::jobs] = found
+    return rows
+
+
+def _drain(part: Part, settings: Settings, cases: list[Case], where: tuple[Path, float, Path]) -> list[Row]:
+    """One worker after the other until there is a row for each case."""
+    folder, deadline, script = where
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
     while len(rows) < len(cases):
-        left = deadline - time.monotonic()
         rest = cases[len(rows) :]
-        if left < 5:
-            rows += [{"name": case["name"], "error": "not reached in time"} for case in rest]
-            break
+        if deadline - time.monotonic() < 5:
+            return rows + [{"name": case["name"], "error": "not reached in time"} for case in rest]
         batch = rest[:1] if part.fresh else rest
         found, died = _worker(part, settings, batch, rows, folder, deadline, script)
         rows += found
-        if len(found) < len(batch) and died:
+        if len(found) < len(batch):
             rows.append({"name": batch[len(found)]["name"], "error": died})
         (folder / "rows.json").write_text(json.dumps(rows, indent=1))
-    (folder / "rows.json").write_text(json.dumps(rows, indent=1))
     return rows
 
 
@@ -132,8 +157,9 @@ def _worker(
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         died = _watch(process, answers, part.limit, deadline)
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    for row in rows:
-        print(f"  {part.name}: {summary(row)}", flush=True)
+    if not (cases and cases[0].get("warm")):
+        for row in rows:
+            print(f"  {part.name}: {summary(row)}", flush=True)
     if died is None:
         died = f"the process ended with status {process.returncode}: {_tail(folder / f'log{len(before)}.txt')}"
     return rows, died
@@ -226,8 +252,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20, inner: int = 1) -> float:
-    """Median time of a call that was warmed up, each repeat between two events of the device."""
+def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20, cold: bool = False) -> float:
+    """Median time of a call that was warmed up, each repeat between two events of the device.
+
+    cold: with nothing of its inputs in the L2, by a large write before it, which also hides what a launch costs the host.
+    """
     if device.type == "cpu":
         times = []
         for _ in range(min(repeats, 3)):
@@ -236,13 +265,14 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 2
             times.append(1e3 * (time.perf_counter() - started))
         return statistics.median(times)
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    flush = torch.empty(512 << 20 if cold else 0, dtype=torch.int8, device=device)
     for start, end in marks:
+        flush.zero_()
         start.record()
-        for _ in range(inner):
-            call()
+        call()
         end.record()
     torch.cuda.synchronize(device)
-    return float(statistics.median(start.elapsed_time(end) / inner for start, end in marks))
+    return float(statistics.median(start.elapsed_time(end) for start, end in marks))
 
 
 def in_turns(

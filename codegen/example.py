@@ -34,9 +34,9 @@ class Example:
         return fused_reference(self.inputs, str(self.kernel), self.sizes, self.seed, self.uses, self.spins)
 
 
-def example(kernel: Kernel, sizes: Sequence[int], device: torch.device | str = "cpu") -> Example:
-    """Gaussian inputs with some outliers and a block of zeros, always the same. sizes: as in `Sizes`."""
-    draw = _Draw(torch.device(device))
+def example(kernel: Kernel, sizes: Sequence[int], device: torch.device | str = "cpu", draw_seed: int = 0) -> Example:
+    """Gaussian inputs with some outliers and a block of zeros, the same for the same `draw_seed`. sizes: as in `Sizes`."""
+    draw = _Draw(torch.device(device), draw_seed)
     seed = torch.full((1,), 1234567, dtype=torch.int64, device=device)
     if isinstance(kernel, GemmKernel):
         return _gemm(kernel, sizes, draw, seed)
@@ -73,9 +73,9 @@ def _gemm(kernel: GemmKernel, sizes: Sequence[int], draw: _Draw, seed: Tensor) -
 class _Draw:
     """Reproducible numbers on a device; the default generator is left alone."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, seed: int) -> None:
         self.device = device
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
     def matrix(self, rows: int, cols: int) -> Tensor:
         x = torch.randn(rows, cols, generator=self.generator, device=self.device)

@@ -17,6 +17,7 @@ from lpcompile.codegen.gemm_launch import launch, tile_of
 from lpcompile.codegen.gemm_main import main_lines
 from lpcompile.codegen.gemm_plan import Instruction, Plan
 from lpcompile.codegen.gemm_schedule import PROCESSORS, gemm_schedules
+from lpcompile.codegen.gemm_vendor import plan_of, vendor_text
 from lpcompile.codegen.hopper import emit_hopper
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.kernel import GemmKernel
@@ -30,6 +31,15 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
     """The module for a product. Raises KernelError for one that is not written here."""
     if schedule.specialized:
         return emit_hopper(kernel, sizes, target, schedule)
+    if schedule.vendor:
+        return Source(
+            kernel,
+            sizes,
+            target,
+            schedule,
+            vendor_text(kernel, sizes, target, schedule),
+            _vendor_entries(schedule, kernel, sizes, target),
+        )
     plan = Plan.of(kernel, sizes, target, schedule)
     text = "\n".join(
         [
@@ -43,7 +53,7 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
             "",
             *_fragments(plan),
             *body.gemm(plan),
-            *(["", *body.added(plan)] if schedule.split > 1 else []),
+            *(["", *body.added(plan, schedule.split)] if schedule.split > 1 else []),
             "",
             *launch(plan),
             "",
@@ -92,6 +102,13 @@ def _entries(plan: Plan) -> tuple[Entry, ...]:
     if plan.schedule.split > 1:
         entries.append(Entry("added", tuple(_argument(plan, name) for name in body.added_arguments(plan)), 4, 2))
     return (*entries, *(gemm_turn.entries(plan) if plan.in_memory else []))
+
+
+def _vendor_entries(schedule: Schedule, kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[Entry, ...]:
+    if schedule.vendor != "int_mm":
+        return ()
+    plan = plan_of(kernel, sizes, target)
+    return (Entry("added", tuple(_argument(plan, name) for name in body.added_arguments(plan)), 4, 2),)
 
 
 def _argument(plan: Plan, name: str) -> Argument:

@@ -369,17 +369,18 @@ def gemm(plan: Plan) -> Lines:
     return ["", "@triton.jit", f"def gemm({', '.join(arguments)}):", *indented(body), ""]
 
 
-def added(plan: Plan) -> Lines:
-    """The kernel that adds the parts of a split contraction, always in the same order."""
+def added(plan: Plan, count: int) -> Lines:
+    """The kernel that adds `count` parts of a contraction, always in the same order, and finishes the result."""
     inside = "" if plan.exact(0) and plan.exact(1) else ", mask=(rows < M)[:, None] & (cols < N)[None, :], other=0"
     zero = "tl.int32" if plan.instruction is Instruction.INT8 else "tl.float32"
     height, width = plan.added_tile
+    address = "tl.cast(part, tl.int64) * M + rows[:, None]" if count > 1 else "rows[:, None].to(tl.int64)"
+    load = f"tl.load(parts + ({address}) * N + cols[None, :]{inside})"
+    many = [f"acc = tl.zeros(({height}, {width}), {zero})", f"for part in range({count}):", f"    acc += {load}"]
     lines = [
         f"rows = tl.program_id(0) * {height} + tl.arange(0, {height})",
         f"cols = tl.program_id(1) * {width} + tl.arange(0, {width})",
-        f"acc = tl.zeros(({height}, {width}), {zero})",
-        f"for part in range({plan.schedule.split}):",
-        f"    acc += tl.load(parts + (tl.cast(part, tl.int64) * M + rows[:, None]) * N + cols[None, :]{inside})",
+        *(many if count > 1 else [f"acc = {load}"]),
         *finish(plan),
     ]
     return ["", "@triton.jit", f"def added({', '.join(added_arguments(plan))}):", *indented(lines), ""]

@@ -22,7 +22,13 @@ def _shape(o: Operand) -> str:
     return f"{size}, K = {o.name}.shape" if o.k_last else f"K, {size} = {o.name}.shape"
 
 
-def _given(plan: Plan) -> str:
+def shapes(plan: Plan) -> list[str]:
+    """Lines that read M, N and K off the operands."""
+    lines = list(dict.fromkeys((_shape(plan.a), _shape(plan.b))))
+    return [*lines, *(["K = 2 * K"] if plan.a.packed == 2 else [])]
+
+
+def given(plan: Plan) -> str:
     """The names that a launch gives its inputs, in order; `_` for what it has no use for."""
     kernel = plan.kernel
     used = {*body.gemm_arguments(plan), *body.added_arguments(plan), *(f"x{index}" for index in range(9))}
@@ -68,8 +74,7 @@ def launch(plan: Plan) -> list[str]:
     schedule, split = plan.schedule, plan.schedule.split > 1
     arguments = [_passed(plan, name) for name in body.gemm_arguments(plan)]
     tiles = "triton.cdiv(M, BLOCK_M.value) * triton.cdiv(N, BLOCK_N.value)" + (f" * {schedule.split}" if split else "")
-    lines = [f"{_given(plan)} = map(ready, inputs)", *dict.fromkeys((_shape(plan.a), _shape(plan.b)))]
-    lines += ["K = 2 * K"] if plan.a.packed == 2 else []
+    lines = [f"{given(plan)} = map(ready, inputs)", *shapes(plan)]
     lines += ["R, C = sizes"] if plan.cropped or plan.in_memory else []
     rows, cols = plan.result_names
     lines.append(f"{_result(plan)} = torch.empty(({rows}, {cols}), dtype={plan.written}, device=a.device)")

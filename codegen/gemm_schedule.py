@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from lpcompile.codegen.gemm_plan import Instruction, Plan, choose, operands, turns_in_tile
+from lpcompile.codegen.gemm_vendor import vendor_schedules
 from lpcompile.codegen.hopper import hopper_schedules
 from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
 from lpcompile.errors import KernelError
@@ -47,7 +48,7 @@ def gemm_schedules(kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[Sc
     found = sorted([*_specialized(kernel, sizes, target), *_candidates(kernel, sizes, target)], key=lambda pair: pair[0])
     if not found:
         raise KernelError(f"{kernel}: no tile fits the registers and the shared memory of {target.name}")
-    return tuple(schedule for _, schedule in found[:_COUNT])
+    return tuple(schedule for _, schedule in found[:_COUNT]) + vendor_schedules(kernel, sizes, target)
 
 
 def _specialized(kernel: GemmKernel, sizes: Sizes, target: Target) -> Iterator[tuple[float, Schedule]]:

@@ -104,7 +104,7 @@ def _traced(node: Node, emitted: Emitted) -> GraphModule | None:
         return None
     values = [each.meta["val"] for each in inputs]
     source = emitted(text, values, sizes)
-    if source.schedule.tma or source.schedule.specialized or not same_arithmetic(source):
+    if source.schedule.tma or source.schedule.specialized or source.schedule.vendor or not same_arithmetic(source):
         return None
 
     def launch(*tensors: Tensor) -> list[Tensor]:

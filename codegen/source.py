@@ -60,6 +60,7 @@ class Schedule:
     group: tiles of M that a Gemm's programs share in the L2. split: parts of the contraction that are summed apart.
     tma: tiles come and go through tensor descriptors. persistent: one program a multiprocessor walks over tiles.
     specialized: one warp brings tiles while others multiply (Gluon); `warps` counts all.
+    vendor: the function of torch that does it instead of a generated kernel; there is no tile then.
     """
 
     tile: tuple[int, ...]
@@ -70,8 +71,11 @@ class Schedule:
     tma: bool = False
     persistent: bool = False
     specialized: bool = False
+    vendor: str = ""
 
     def __str__(self) -> str:
+        if self.vendor:
+            return f"torch's {self.vendor}"
         text = f"{'x'.join(map(str, self.tile))}, {self.warps} warps, {self.stages} stages"
         text += f", groups of {self.group}" if len(self.tile) == 3 else ""
         text += f", split {self.split}" if self.split > 1 else ""
@@ -128,7 +132,10 @@ class Source:
 
 def header(kernel: Kernel, sizes: Sizes, target: Target, schedule: Schedule, sites: Sequence[str] = ()) -> str:
     """The module docstring of a generated file."""
-    lines = [str(kernel), f"sizes {' x '.join(map(str, sizes.values))}, target {target.name}, tile {schedule}"]
+    lines = [
+        str(kernel),
+        f"sizes {' x '.join(map(str, sizes.values))}, target {target.name}, {'' if schedule.vendor else 'tile '}{schedule}",
+    ]
     lines += [f"used by {', '.join(sites)}"] if sites else []
     return '"""' + "\n\n".join(lines) + '\n"""\n'
 

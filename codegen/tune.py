@@ -185,7 +185,7 @@ def self_test(kernel: Kernel, sizes: tuple[int, ...], target: Target, schedule: 
 def _tried(kernel: Kernel, schedule: Schedule) -> list[str]:
     """What a self-test of the kernel vouches for."""
     family = str(kernel).partition(" ")[0]
-    way = (
+    way = schedule.vendor or (
         f"tma {schedule.tma}, persistent {schedule.persistent}, specialized {schedule.specialized}, split {schedule.split > 1}"
     )
     if isinstance(kernel, CastKernel | RequantKernel):

@@ -25,6 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from lpcompile import once, ops, pipeline
+from lpcompile.codegen import launch
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import clean_name, parameter_of, size_hint
 from lpcompile.passes import PIPELINE
@@ -49,6 +50,8 @@ def lowprec(
     chosen = Options.of(options)
     recipe = find_recipe(chosen.recipe)
     target = find_target(chosen.target, _device(example_inputs))
+    if target.name != "cpu" and (torch.cuda.is_available() or launch.interpreting()):
+        launch.install()
     steps = tuple(Step.of(entry) for entry in (PIPELINE if chosen.passes is None else chosen.passes))
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **chosen.inductor}
     untouched = recipe.empty and chosen.passes is None and not pipeline.capturing()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
-import re
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap

@@ -110,7 +110,7 @@ def separates(found: Tensor, expected: Tensor, tolerance: float) -> None:
         assert error(wrong, expected) > 2 * tolerance
 
 
-def check(text: str, shape: Shape, tile: Shape, target: str = "sm_100", **schedule: int) -> Result:
+def check(text: str, shape: Shape, tile: tuple[int, ...], target: str = "sm_100", **schedule) -> Result:
     """A product against FP64."""
     kernel, given, result = run(text, shape, tile, target, **schedule)
     separates(result.found, exact(given, kernel, *shape[:2]), TOLERANCE[kernel.out])

@@ -1,10 +1,15 @@
-"""What follows a generated Gemm: split contractions, masks, rotations undone, pointwise work."""
+"""What surrounds a generated Gemm: split contractions, masks, rotations undone, pointwise work, the libraries' products."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from gemms import check, check_followed
+
+from lpcompile.codegen import schedules
+from lpcompile.codegen.source import Sizes
+from lpcompile.kernel import parse
+from lpcompile.target import find_target
 
 TILE = (32, 32, 32)
 ROW = "gemm e4m3:row|1 @ e4m3:row|1'"
@@ -57,3 +62,25 @@ def test_split_contractions(text: str, shape: tuple[int, int, int], tma: bool):
 )
 def test_rotations_that_no_tile_holds(rest: str, shape: tuple[int, int, int]):
     check_followed(ROW + rest, shape, TILE)
+
+
+@pytest.mark.parametrize(
+    ("text", "vendor"),
+    [
+        ("gemm hp @ hp' -> bf16", "mm"),
+        ("gemm e4m3:1x32:e8m0:up|1~ @ e4m3:1x32:e8m0:up|0~ -> bf16 + bias", "mm"),
+        ("gemm e5m2:tensor|1 @ e4m3:tensor|1' -> bf16", "scaled_mm"),
+        (f"{ROW} -> bf16 + bias", "scaled_mm"),
+        ("gemm int8:row|1 @ int8:tensor|1' -> f32 + bias", "int_mm"),
+    ],
+)
+def test_products_of_the_libraries(text: str, vendor: str):
+    shape = (64, 48, 128)
+    (found,) = [each for each in schedules(parse(text), Sizes.of(*shape), find_target("sm_90")) if each.vendor]
+    assert found.vendor == vendor
+    check(text, shape, (), target="sm_90", vendor=vendor)
+
+
+@pytest.mark.parametrize("text", [f"{ROW} -> bf16 * 1:h32", f"{ROW} -> f32", "gemm hp @ e4m3:row|1~' -> bf16"])
+def test_libraries_do_nothing_else(text: str):
+    assert not any(each.vendor for each in schedules(parse(text), Sizes.of(64, 48, 128), find_target("sm_90")))
