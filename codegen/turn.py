@@ -16,7 +16,7 @@ from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.turn", "import it as lpcompile.codegen, not as codegen"
 
-_LARGEST = 256  # beyond that the matrix leaves no room for a tile
+_LARGEST = 128  # beyond that the matrix leaves no room for a tile
 
 
 def fits(rotation: Rotation | None) -> bool:
