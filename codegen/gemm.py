@@ -66,7 +66,7 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
 def _imports(plan: Plan) -> list[str]:
     described = plan.stored or any(plan.described(o) for o in plan.operands)
     return [
-        *(["import functools", ""] if plan.in_memory and any(f.base for f in gemm_turn.factors(plan)) else []),
+        *(["import functools", ""] if plan.in_memory and gemm_turn.bases(plan) else []),
         "import torch",
         "import triton",
         "import triton.language as tl",
