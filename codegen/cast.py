@@ -24,6 +24,7 @@ from lpcompile.codegen.turn import fits
 from lpcompile.codegen.views import View, stored
 from lpcompile.codegen.write import POINTERS_TO
 from lpcompile.errors import KernelError
+from lpcompile.formats import Rounding
 from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
 from lpcompile.recipe import Cast, Signs
 from lpcompile.target import Target
@@ -187,7 +188,9 @@ class _Emitter:
         for view in self.views:
             for part in view.output.parts:
                 dtype, shape, zeros = _part(part, view)
-                native = self.fragments.native(view.quant.elem) if part == "codes" else self.fragments.converts_fp8
+                native = self.fragments.converts_fp8
+                if part == "codes":
+                    native = self.fragments.native(view.quant.elem) and view.quant.rounding is Rounding.RTNE
                 found.append(_Tensor(f"{POINTERS_TO[part]}_{view.index}", stored(dtype, native), dtype, shape, zeros))
         return found
 
