@@ -327,7 +327,8 @@ def whole_units(magnitude{argument}):
             code = [
                 "    # The exponent, moved beside the steps, is the code of the binade.",
                 "    shifted = shifted.to(tl.int32, bitcast=True)",
-                f"    code = ((shifted >> {23 - elem.man}) + shifted - {(low + 23 - elem.man) << elem.man}) & {(1 << bits) - 1}",
+                f"    code = (shifted >> {23 - elem.man}) + shifted - {(low + 23 - elem.man) << elem.man}",
+                f"    code = code & {(1 << bits) - 1}",
             ]
         text = f'''
 def {name}(scaled{argument}):
@@ -372,8 +373,11 @@ def {name}(scaled{argument}):
         return self.add(name, text)
 
     def _in_steps(self, verb: str, elem: Float, rounding: Rounding) -> tuple[str, str, str]:
-        """(name, further argument, lines) of a function of scaled values. The lines find `shifted`, the value above 2^23 steps of
-        its `binade`, where rounding is to nearest; else `bits`, `exponent` and `units`."""
+        """(name, further argument, lines) of a function of scaled values.
+
+        The lines find, where rounding is to nearest, `shifted`: the value above 2^23 steps of its `binade`; else `bits`,
+        `exponent` and `units`.
+        """
         low = elem.emin + 127
         if low <= elem.man or elem.emax + 127 + 23 - elem.man > 254:
             raise KernelError(f"{elem}: codes near the ends of FP32's range are not generated")
