@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import re
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 import lpcompile as lp
+from lpcompile.joint import clean_name
 
 
 class Net(nn.Module):
@@ -36,6 +38,44 @@ class Net(nn.Module):
 
 def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="lowprec", options={"executor": "reference", **options})
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].layers.0.mlp", "layers.0.mlp"),
+        ("L['self']._modules['layers']._modules['0'].mlp", "layers.0.mlp"),
+        ("L['self'].layers[0].mlp", "layers.0.mlp"),
+        # A decorated forward: `wrapper(*args, **kwargs)`.
+        ("L['args'][0].layers.0.mlp", "layers.0.mlp"),
+        ("L['args'][0]", ""),
+        ("L['args'][1].mlp", "1.mlp"),
+        ("L['blocks'][0].mlp", "0.mlp"),
+        ("L['model']._orig_mod.mlp", "mlp"),
+    ],
+)
+def test_modules_are_called_as_the_user_knows_them(path: str, name: str) -> None:
+    assert clean_name(path) == name
+
+
+def test_a_decorated_forward_changes_no_name() -> None:
+    def decorated(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        return wrapper
+
+    class Decorated(Net):
+        forward = decorated(Net.forward)
+
+    with lp.capture() as traces:
+        compiled(Decorated(), keep=["up"])(torch.randn(8, 64))
+    decisions = {d.fqn: d.converted for d in traces[0].plan.decisions}
+    assert decisions == {"gate": True, "up": False, "down": True, "lm_head": False}
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------
@@ -222,9 +262,10 @@ def test_inductors_own_pass_slot_is_chained() -> None:
 # ---- artifacts and caches ----------------------------------------------------------------------------------------
 
 
-def test_artifacts_are_programs_that_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
+def test_artifacts_are_programs_that_run(target: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPCOMPILE_DIR", str(tmp_path))
-    compiled(Net())(torch.randn(32, 64, requires_grad=True))
+    compiled(Net(), target=target, always=True)(torch.randn(32, 64, requires_grad=True))
     files = sorted(tmp_path.glob("fp8-rowwise-*/*.py"))
     assert [f.name for f in files] == [
         "00_input.py",
@@ -235,7 +276,9 @@ def test_artifacts_are_programs_that_run(tmp_path: pathlib.Path, monkeypatch: py
         "05_thaw.py",
         "06_hoist.py",
         "07_save.py",
+        "08_fuse.py",
     ]
+    assert ("lowprec.fused" in files[-1].read_text()) is (target != "cpu")
     done = subprocess.run([sys.executable, str(files[-1])], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([32, 32])" in done.stdout

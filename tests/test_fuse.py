@@ -150,6 +150,30 @@ def test_bias_and_residual_follow_the_product() -> None:
     assert any(k.then is not None and k.bias for k in gemms)
 
 
+@pytest.mark.parametrize("recipe", ["fp8-rowwise", "quartet2"])
+def test_what_others_read_is_written_before_they_read_it(recipe: str) -> None:
+    class Mlp(nn.Module):
+        """The gradient of ReLU reads its result, which the cast for the second layer computes and writes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 96, dtype=torch.bfloat16)
+            self.outer = nn.Linear(96, 64, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outer(torch.relu(self.inner(x))).float().square().mean()
+
+    torch.manual_seed(0)
+    model, x = Mlp(), torch.randn(48, 64, dtype=torch.bfloat16)
+    loss, grads, _ = step(model, (x,), recipe, "cpu")
+    fused_loss, fused_grads, trace = step(model, (x,), recipe, "sm_90")
+    assert torch.equal(loss, fused_loss)
+    for name, grad in grads.items():
+        assert torch.equal(grad, fused_grads[name]) and grad.any(), name
+    casts = [k for k in kernels(trace.graph_after("fuse")) if isinstance(k, CastKernel)]
+    assert any(k.keep and "relu(x0)" in str(k.prologue) for k in casts)
+
+
 def test_dynamic_sizes() -> None:
     torch.manual_seed(0)
     model = nn.Linear(64, 96, dtype=torch.bfloat16)
