@@ -275,4 +275,11 @@ BASE_MATRIX = '''@functools.cache
 def base_matrix(order, size, device):
     """A Hadamard matrix of +-1 as kernels multiply with it, padded with 0 to [size, size]."""
     signs = torch.sign(rotation_matrix(order))
-    return torch.nn.functional.pad(signs, (0, size - order, 0, size - order)).to(device, torch.bfloat16)'''
+    signs = torch.nn.functional.pad(signs, (0, size - order, 0, size - order)).to(torch.bfloat16)
+    if device.type != "cuda":
+        return signs.to(device)
+    # It outlives the call: on a stream of its own it is not made in the memory of a CUDA graph that warms up.
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        made = signs.to(device)
+        torch.cuda.current_stream(device).synchronize()
+    return made'''

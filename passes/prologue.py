@@ -29,6 +29,9 @@ assert __name__ == "lpcompile.passes.prologue", "import it as lpcompile.passes, 
 
 aten = torch.ops.aten
 _MATRICES = 4  # that one cast reads at most
+_TWICE = (
+    2  # where it reads them twice, once for the amax of rows, columns or the tensor: more are cheaper written and read back
+)
 
 _UNARY: dict[Any, str] = {
     aten.neg.default: "neg",
@@ -131,6 +134,7 @@ class Region:
     cols: Any
     position: dict[Node, int]
     allowed: Callable[[Node], bool]
+    matrices: int
     taken: set[Node] = field(default_factory=set)
     inputs: dict[Node, str] = field(default_factory=dict)  # how each broadcasts
 
@@ -165,7 +169,7 @@ class Region:
     def _worth(self, node: Node, operands: dict[Node, str]) -> bool:
         """Nobody else reads the node, or its operands are no more to read than itself."""
         after = {each for each, kind in {**self.inputs, **operands}.items() if kind == "" and each is not node}
-        if len(after) > _MATRICES:
+        if len(after) > self.matrices:
             return False
         if node is self.root or all(user in self.taken for user in node.users):
             return True
@@ -225,7 +229,9 @@ def absorb(graph: Graph, plan: Plan, node: Node) -> Node | None:
     x = given.inputs[0]
     rows, cols = x.meta["val"].shape
     late = is_backward(node)
-    region = Region(x, rows, cols, positions(graph), lambda each: late or not is_backward(each))
+    twice = any(output.cast.quant.outer is not None or 0 in output.cast.quant.block.along(1) for output in kernel.outputs)
+    matrices = _TWICE if twice else _MATRICES
+    region = Region(x, rows, cols, positions(graph), lambda each: late or not is_backward(each), matrices)
     region.grow()
     seeds = [user for user in x.users if user.target is torch.ops.lowprec.draw_seed.default]
     others = [user for user in x.users if user is not node and user not in seeds and user.target is not aten.sym_size.int]
