@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -287,29 +288,28 @@ def test_artifacts_are_programs_that_run(target: str, tmp_path: pathlib.Path, mo
 PROGRAM = """
 import json, sys, torch
 from torch._dynamo.utils import counters
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32))
-x = torch.randn(16, 64)
-torch.compile(model, backend="lowprec", options={"recipe": sys.argv[1]})(x).sum().backward()
-print(json.dumps({**counters["aot_autograd"], **counters["inductor"]}))
+for recipe in sys.argv[1:]:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(48, 64), torch.randn(16, 48)  # too small for compiled casts: the graph alone
+    torch.compile(model, backend="lowprec", options={"recipe": recipe})(x).sum().backward()
+    print(json.dumps({**counters["aot_autograd"], **counters["inductor"]}))
+    counters.clear()
 """
 
 
-def cache_counters(recipe: str, folder: pathlib.Path) -> dict[str, int]:
-    import os
-
+def cache_counters(recipes: list[str], folder: pathlib.Path) -> list[dict[str, int]]:
+    """What one process found in the caches, for each recipe in turn."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), recipe]
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *recipes]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(recipes) :]]
 
 
 def test_both_compile_caches_hit_in_a_second_process(tmp_path: pathlib.Path) -> None:
-    first = cache_counters("fp8-rowwise", tmp_path)
-    second = cache_counters("fp8-rowwise", tmp_path)
-    other = cache_counters("int8-rowwise", tmp_path)
+    (first,) = cache_counters(["fp8-rowwise"], tmp_path)
+    second, other = cache_counters(["fp8-rowwise", "int8-rowwise"], tmp_path)
     assert first.get("autograd_cache_miss") and not first.get("autograd_cache_hit")
     assert second.get("autograd_cache_hit") and not second.get("autograd_cache_miss")
     assert other.get("autograd_cache_miss") and not other.get("autograd_cache_hit")
