@@ -1,7 +1,8 @@
 """The `lowprec::` operators on CUDA tensors: each is a Kernel, emitted, loaded and chosen on the first call with its sizes.
 
 install() attaches them; nothing happens on import. After the first call an operator costs one look-up in front of Triton's
-own launch (LPCOMPILE_QUICK=1: of one of our own): no synchronisation, no memory but torch's allocator's, nothing that a CUDA graph could not capture. What cannot be
+own launch (LPCOMPILE_QUICK=1: of one of our own): no synchronisation, no memory but torch's allocator's, nothing that a CUDA
+graph could not capture. What cannot be
 generated (batches, float64, a kernel that failed its self-test) runs as the reference and says so once.
 
 With TRITON_INTERPRET=1 in the environment the same is attached for CPU tensors, and Triton interprets the kernels.
