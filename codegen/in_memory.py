@@ -29,6 +29,7 @@ assert __name__ == "lpcompile.codegen.in_memory", "import it as lpcompile.codege
 _ROW_TILE = 4096  # elements that one program turns at least
 _LARGEST_ROW = 1 << 15
 _COLUMN_TILE = 8192
+_WIDE = 128  # the largest order of a factor
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def factors(block: int) -> tuple[Factor, ...]:
         return (Factor(block, 1, True),)
     if k > 1 and power < 16:
         raise KernelError(f"a rotation of {block} = {k} x {power} is not generated")
+    if power >= _WIDE and k > 1 and block <= _WIDE**2:
+        # Two products, as few as can be: what lies between two is FP32, which costs three.
+        return (Factor(_WIDE, 1, False), Factor(block // _WIDE, _WIDE, True))
     left = power.bit_length() - 1
     split = []
     stride = 1

@@ -134,7 +134,6 @@ class Region:
     cols: Any
     position: dict[Node, int]
     allowed: Callable[[Node], bool]
-    matrices: int
     taken: set[Node] = field(default_factory=set)
     inputs: dict[Node, str] = field(default_factory=dict)  # how each broadcasts
 
@@ -169,7 +168,7 @@ class Region:
     def _worth(self, node: Node, operands: dict[Node, str]) -> bool:
         """Nobody else reads the node, or its operands are no more to read than itself."""
         after = {each for each, kind in {**self.inputs, **operands}.items() if kind == "" and each is not node}
-        if len(after) > self.matrices:
+        if len(after) > _MATRICES:
             return False
         if node is self.root or all(user in self.taken for user in node.users):
             return True
@@ -229,9 +228,7 @@ def absorb(graph: Graph, plan: Plan, node: Node) -> Node | None:
     x = given.inputs[0]
     rows, cols = x.meta["val"].shape
     late = is_backward(node)
-    twice = any(output.cast.quant.outer is not None or 0 in output.cast.quant.block.along(1) for output in kernel.outputs)
-    matrices = _TWICE if twice else _MATRICES
-    region = Region(x, rows, cols, positions(graph), lambda each: late or not is_backward(each), matrices)
+    region = Region(x, rows, cols, positions(graph), lambda each: late or not is_backward(each))
     region.grow()
     seeds = [user for user in x.users if user.target is torch.ops.lowprec.draw_seed.default]
     others = [user for user in x.users if user is not node and user not in seeds and user.target is not aten.sym_size.int]

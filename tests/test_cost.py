@@ -12,7 +12,7 @@ import torch
 import lpcompile as lp
 from lpcompile.cost import K, M, N, expressions, gemm_times, predict
 from lpcompile.kernel import parse
-from lpcompile.kernel_cost import ALONE, BOTH_WAYS, ONE_WAY, Cost, Readers, kernel_cost, kind_of, rate, total
+from lpcompile.kernel_cost import ACROSS, ALONE, ONE_WAY, SPLIT, Cost, Readers, kernel_cost, kind_of, rate, total
 from lpcompile.recipe import Gemm
 from lpcompile.target import Target, find_target
 
@@ -205,7 +205,7 @@ def test_time_of_a_cast() -> None:
     )
     size = 1024 * 1024
     assert one.time(TOY) == pytest.approx(3.03125 * size / (5e5 * ONE_WAY))
-    assert both.time(TOY) == pytest.approx(4.0625 * size / (5e5 * BOTH_WAYS))
+    assert both.time(TOY) == pytest.approx(4.0625 * size / (5e5 * ACROSS))
     turned = cost("cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1|1:h32", 1024, 1024)
     assert turned.time(TOY) - one.time(TOY) == pytest.approx(2 * 32 * size / 2e6)
 
@@ -214,15 +214,16 @@ def test_a_large_rotation_is_a_product_of_two() -> None:
     size = 4096 * 8192
     rows = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h4096", 8192, 4096)
     # 64 x 64 in one pass that writes the turned matrix; the amax and the codes read that.
-    assert rows.turned == 2 * size * 128
+    assert rows.turned == 2 * size * (64 + SPLIT * 64)
     assert (rows.read, rows.written) == ((2 + 4) * size, (2 + 1) * size + 4) and rows.minimum == 5 * size + 4
     # 128 x 64 along tokens: a pass each, FP32 between them.
     cols = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1, int8:tensor|1|0:h8192", 8192, 4096)
-    assert cols.turned == 2 * size * (128 + 64)
+    assert cols.turned == 2 * size * (128 + SPLIT * 64)
     assert (cols.read, cols.written) == ((4 + 2 + 4 + 4) * size, (4 + 2 + 1 + 1) * size + 8)
     assert cols.launches == 4 and cols.minimum == 6 * size + 8
-    # 28 x 512: a base matrix and Sylvester's.
-    assert cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h14336", 128, 14336).turned == 2 * 128 * 14336 * (32 + 16 + 28)
+    # 128 x 112: Sylvester's, and a base matrix of 28 times one of 4.
+    both = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h14336", 128, 14336)
+    assert both.turned == 2 * 128 * 14336 * (128 + SPLIT * 112)
 
 
 @pytest.mark.parametrize(
