@@ -130,7 +130,7 @@ class _Emitter:
 
     @property
     def _reached(self) -> tuple[Extent, Extent]:
-        """The sizes as loads and stores see them: where tiles are made in parts, a part may divide a size and yet lie beyond."""
+        """The sizes for loads and stores: of a tile that is made in parts, one may lie beyond the end although it divides."""
         rows, cols = (
             extent.overrun(self.schedule.step > 0 and not extent.divides(size))
             for extent, size in zip(self.extents, self.tile, strict=True)
