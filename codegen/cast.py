@@ -100,7 +100,7 @@ class _Emitter:
             rotations = output.cast.rotations
             if all(map(fits, rotations)):
                 if self.schedule.step:
-                    direct.append(View.of(index, output, self._part(output.transposed), self.extents))
+                    direct.append(View.of(index, output, self._part(output.transposed), self._reached))
                     continue
                 whole = all(need <= size for need, size in zip(needs_of(output.cast), self.tile, strict=True))
                 tile = self.tile if whole else self.tile[::-1]
@@ -111,7 +111,7 @@ class _Emitter:
             turned.setdefault((rotations, index if drawn else None), []).append((index, output))
         written = "values" if isinstance(self.kernel, DecodeKernel) else "kept" if self.keeps else ""
         tile = self._part(False) if self.schedule.step else self.tile
-        self.origin = emit_origin(self.kernel, tile, self.extents, self.fragments)
+        self.origin = emit_origin(self.kernel, tile, self._reached, self.fragments)
         if self.schedule.step:
             self.groups.append(self._in_parts(direct, written))
         elif direct or written:
@@ -128,12 +128,21 @@ class _Emitter:
         rows, cols = self.tile
         return (rows, self.schedule.step) if transposed else (self.schedule.step, cols)
 
+    @property
+    def _reached(self) -> tuple[Extent, Extent]:
+        """The sizes for loads and stores: of a tile that is made in parts, one may lie beyond the end although it divides."""
+        rows, cols = (
+            extent.overrun(self.schedule.step > 0 and not extent.divides(size))
+            for extent, size in zip(self.extents, self.tile, strict=True)
+        )
+        return rows, cols
+
     def _in_parts(self, views: list[View], written: str) -> Group:
         """Outputs of both orientations, each made of its own parts of a tile, which come from the cache the second time."""
-        across = emit_origin(self.kernel, self._part(True), self.extents, self.fragments, "load_across")
+        across = emit_origin(self.kernel, self._part(True), self._reached, self.fragments, "load_across")
         self.views += views
         sizes, step = self.size_arguments, self.schedule.step
-        return Group(self.origin, self.extents, self.tile, views, self.fragments, sizes, "", written, (across, step))
+        return Group(self.origin, self._reached, self.tile, views, self.fragments, sizes, "", written, (across, step))
 
     def _make_turned(self, members: list[tuple[int, Output]]) -> None:
         first, output = members[0]

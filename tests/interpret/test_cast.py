@@ -65,6 +65,12 @@ def test_bitwise_without_masks(text: str) -> None:
     check(*run(text, inputs_of(text, (256, 128), False), **random_of(text)))
 
 
+@pytest.mark.parametrize("shape", [(192, 64), (64, 320)])
+def test_a_part_of_a_tile_beyond_the_end(shape: tuple[int, int]) -> None:
+    """Parts of 64 divide these sizes, tiles of 128 do not: the last tile's second part lies outside."""
+    check(*run(PLAIN[3], inputs_of(PLAIN[3], shape, False), **random_of(PLAIN[3])))
+
+
 def test_any_tile_gives_the_same() -> None:
     x = sample((130, 257))
     for tile in ((64, 128), (32, 256)):
