@@ -67,7 +67,7 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --dry-run tries the script itself")
     args.out.mkdir(parents=True, exist_ok=True)
-    torchao = str(unpack_wheel(args.torchao_wheel, args.out / "torchao").resolve()) if args.torchao_wheel else ""
+    torchao = str(unpack_wheel(args.torchao_wheel.resolve())) if args.torchao_wheel else ""
     settings = Settings(
         str(args.out.resolve()),
         tuple(args.recipes.split(",")),

@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +54,7 @@ class Settings:
     recipes: tuple[str, ...] = RECIPES
     tokens: tuple[int, ...] = (8192, 16384)
     budget: float = 510.0
-    minutes: float = 2.0
+    minutes: float = 1.0
     quick: bool = False
     dry: bool = False
     graphs: bool = False
@@ -102,7 +103,7 @@ def run_part(part: Part, settings: Settings, script: Path) -> list[Row]:
     folder = Path(settings.out) / part.name
     folder.mkdir(parents=True, exist_ok=True)
     cases = part.cases(settings)
-    if part.warm and not settings.dry:
+    if part.warm and not settings.dry and os.environ.get("LPCOMPILE_AUTOTUNE") != "0":
         half = time.monotonic() + settings.budget / 2
         _spread(part, settings, [{**case, "warm": True} for case in cases], part.warm, (folder / "warm", half, script))
     rows = _spread(part, settings, cases, 1 if settings.dry else part.jobs, (folder, deadline, script))
@@ -148,38 +149,42 @@ def _worker(
     order.write_text(json.dumps({"settings": settings.text(), "cases": cases, "before": before}))
     answers.write_text("")
     environment = {**os.environ}
-    if part.fresh:
-        caches = folder / f"cache{len(before)}"
-        names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "LPCOMPILE_CACHE": "lpcompile"}
-        environment |= {key: str(caches / name) for key, name in names.items()}
-    with (folder / f"log{len(before)}.txt").open("w") as log:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches, (folder / f"log{len(before)}.txt").open("w") as log:
+        if part.fresh:
+            names = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "LPCOMPILE_CACHE": "lpcompile"}
+            environment |= {key: str(Path(caches) / name) for key, name in names.items()}
         command = [sys.executable, str(script), "--worker", part.name, str(order), str(answers)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        died = _watch(process, answers, part.limit, deadline)
-    rows = [json.loads(line) for line in answers.read_text().splitlines()]
-    if not (cases and cases[0].get("warm")):
-        for row in rows:
-            print(f"  {part.name}: {summary(row)}", flush=True)
+        died = _watch(process, answers, part, deadline)
+    # A line that was cut short belongs to the case that failed.
+    rows = [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
     if died is None:
         died = f"the process ended with status {process.returncode}: {_tail(folder / f'log{len(before)}.txt')}"
     return rows, died
 
 
-def _watch(process: subprocess.Popen[bytes], answers: Path, limit: float, deadline: float) -> str | None:
-    """Waits for a worker; ends it where a case takes too long. Returns why it was ended."""
+def _watch(process: subprocess.Popen[bytes], answers: Path, part: Part, deadline: float) -> str | None:
+    """Waits for a worker and shows its rows as they come; ends it where a case takes too long. Returns why it was ended."""
+    shown = 0
     while True:
         try:
-            process.wait(timeout=1.0)
+            process.wait(timeout=0.5)
+            ended = True
         except subprocess.TimeoutExpired:
-            # The first case also pays for imports.
-            stuck = time.time() - answers.stat().st_mtime > limit
-            late = time.monotonic() > deadline
-            if stuck or late:
-                process.kill()
-                process.wait()
-                return f"more than {limit:.0f} s" if stuck else "out of time"
-        else:
+            ended = False
+        *lines, _ = answers.read_text().split("\n")
+        for row in map(json.loads, lines[shown:]):
+            if not row.get("warm"):
+                print(f"  {part.name}: {summary(row)}", flush=True)
+        shown = len(lines)
+        if ended:
             return None
+        # The first case also pays for imports.
+        stuck = time.time() - answers.stat().st_mtime > part.limit
+        if stuck or time.monotonic() > deadline:
+            process.kill()
+            process.wait()
+            return f"more than {part.limit:.0f} s" if stuck else "out of time"
 
 
 def serve(part: Part, order: Path, answers: Path) -> None:
@@ -224,10 +229,11 @@ def prepare(settings: Settings) -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def unpack_wheel(wheel: Path, folder: Path) -> Path:
-    """A folder to import a wheel from."""
+def unpack_wheel(wheel: Path) -> Path:
+    """A folder to import a wheel from: it holds files that have to lie on a disk."""
     if wheel.is_dir():
         return wheel
+    folder = Path(tempfile.gettempdir()) / f"lpcompile-{wheel.stem}"
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder

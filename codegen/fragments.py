@@ -59,7 +59,7 @@ def {name}{suffix}(matrix, {value}, row0, col0, {sizes}):
     row = tl.arange(0, {height})[:, None]
     col = tl.arange(0, {width})[None, :]
     matrix += {offset} * cols + col0
-    {result}{access}{mask}{", other=0" if result and checks else ""})
+    {result}{access}{mask}{", other=0.0" if result and checks else ""})
 ''',
         )
 

@@ -6,6 +6,7 @@ gemm_schedules(kernel, sizes, target)      -> candidates, the model's choice fir
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,7 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
             sizes,
             target,
             schedule,
-            vendor_text(kernel, sizes, target, schedule),
+            tidy(vendor_text(kernel, sizes, target, schedule)),
             _vendor_entries(schedule, kernel, sizes, target),
         )
     plan = Plan.of(kernel, sizes, target, schedule)
@@ -60,13 +61,18 @@ def emit_gemm(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedu
             *main_lines(plan),
         ]
     )
-    return Source(kernel, sizes, target, schedule, text + "\n", _entries(plan))
+    return Source(kernel, sizes, target, schedule, tidy(text), _entries(plan))
+
+
+def tidy(text: str) -> str:
+    """The text with two empty lines between functions and one at its end."""
+    return re.sub(r"\n{4,}", "\n\n\n", text).rstrip() + "\n"
 
 
 def _imports(plan: Plan) -> list[str]:
     described = plan.stored or any(plan.described(o) for o in plan.operands)
     return [
-        *(["import functools", ""] if plan.in_memory and any(f.base for f in gemm_turn.factors(plan)) else []),
+        *(["import functools", ""] if plan.in_memory and gemm_turn.bases(plan) else []),
         "import torch",
         "import triton",
         "import triton.language as tl",

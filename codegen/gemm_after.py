@@ -8,7 +8,7 @@ import torch
 
 from lpcompile import philox
 from lpcompile.codegen.gemm_plan import Plan
-from lpcompile.expr import Expr, Load, Number, nodes
+from lpcompile.expr import Call, Expr, Load, Number, nodes
 from lpcompile.kernel import Input, Then
 from lpcompile.recipe import Rotation, Signs
 
@@ -34,6 +34,8 @@ def fragments(plan: Plan) -> Lines:
     if any(turn.signs is Signs.DRAWN for turn in turns):
         lines += [*_KEY.strip("\n").splitlines(), "", ""]
     if kernel.then is not None:
+        calls = {node.op for node in nodes(kernel.then.expr) if isinstance(node, Call)}
+        lines += [*_TANH.strip("\n").splitlines(), "", ""] if "tanh" in calls else []
         lines += _followed(plan, kernel.then)
     return lines
 
@@ -163,6 +165,16 @@ def _fixed_key() -> int:
 
 # ---- pointwise work ----------------------------------------------------------------------------------------------
 
+_TANH = '''
+@triton.jit
+def tanh_of(x):
+    """By the exponential of -2 |x|, by a series near 0: within a few ulp."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    value = tl.div_rn(1.0 - e, 1.0 + e)
+    square = x * x
+    series = 1.0 + square * (-0.3333333333 + square * (0.1333333333 + square * -0.0539682540))
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.where(x < 0, -value, value))
+'''
 _CALLS = {
     "add": "({0} + {1})",
     "sub": "({0} - {1})",
@@ -175,7 +187,7 @@ _CALLS = {
     "abs": "tl.abs({0})",
     "exp": "tl.exp({0})",
     "erf": "tl.erf({0})",
-    "tanh": "(2.0 * tl.sigmoid(2.0 * {0}) - 1.0)",
+    "tanh": "tanh_of({0})",
     "sqrt": "tl.sqrt_rn({0})",
     "reciprocal": "tl.div_rn(1.0, {0})",
     "rsqrt": "tl.div_rn(1.0, tl.sqrt_rn({0}))",

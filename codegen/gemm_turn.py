@@ -2,8 +2,9 @@
 
     product [M, N] --turn_0_0--> FP32 --turn_0_1--> [R, N] --turn_1_0--> FP32 --turn_1_1--> [R, C] --finished--> out
 
-The factors are those of `hadamard`: a base matrix of order K, then Sylvester's in orders of at most 64. FP32 between the
-factors of an axis, rounded after each axis; the scale, the signs and the crop come with an axis' last factor.
+The factors are those of `hadamard`: a base matrix of order K, then Sylvester's in orders of at most 64 or 128. FP32 between
+the factors of an axis, rounded after each axis; the scale, the signs and the crop come with an axis' last factor. Along rows,
+a block that one program can hold is turned by all factors at once (`gemm_row`).
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import torch
 
 from lpcompile import hadamard
 from lpcompile.codegen import gemm_after as after
+from lpcompile.codegen import gemm_row
 from lpcompile.codegen.gemm_plan import Plan
 from lpcompile.codegen.source import POINTERS, Argument, Entry, next_power_of_two
 from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.gemm_turn", "import it as lpcompile.codegen, not as codegen"
 
-_LARGEST = 64  # order of a Sylvester matrix that one dot takes
+# Order of a Sylvester matrix that one dot takes; with mma.sync fragments of 128 would spill.
+_LARGEST = {"sm_90": 128, "sm_100": 128}
 _VALUES = 4096  # that one program turns
 Lines = list[str]
 
@@ -94,14 +97,15 @@ class Factor:
 
 
 def factors(plan: Plan) -> Iterator[Factor]:
-    """All factors in the order in which they are undone."""
+    """All factors that have a function of their own, in the order in which they are undone."""
+    largest = _LARGEST.get(plan.target.name, 64)
     for axis, rotation in enumerate(plan.kernel.undo):
-        if rotation is None:
+        if rotation is None or (axis == 1 and gemm_row.held(rotation)):
             continue
         k, power = hadamard.decompose(rotation.block) or (1, rotation.block)
         orders = [k] if k > 1 else []
         left = power.bit_length() - 1
-        for count in range(-(-left // (_LARGEST.bit_length() - 1)), 0, -1):
+        for count in range(-(-left // (largest.bit_length() - 1)), 0, -1):
             orders.append(1 << (left // count))
             left -= left // count
         right = rotation.block
@@ -110,18 +114,28 @@ def factors(plan: Plan) -> Iterator[Factor]:
             yield Factor(axis, index, order, right, rotation, plan.kernel.out)
 
 
+def bases(plan: Plan) -> list[int]:
+    """Orders of the base matrices that are constants of the module."""
+    row = gemm_row.Row.of(plan)
+    found = {factor.order for factor in factors(plan) if factor.base}
+    return sorted(found | ({row.k} if row is not None and row.k > 1 else set()))
+
+
 # ---- jit functions -----------------------------------------------------------------------------------------------
 
 
 def functions(plan: Plan) -> Lines:
     """The text of all jit functions, and of the constants that they read."""
     lines: Lines = []
-    for order in sorted({factor.order for factor in factors(plan) if factor.base}):
+    row = gemm_row.Row.of(plan)
+    for order in bases(plan):
         lines += _constant(order)
-    for dtype in dict.fromkeys(factor.reads for factor in factors(plan)):
+    reads = [factor.reads for factor in factors(plan)] + ([row.dtype] if row is not None else [])
+    for dtype in dict.fromkeys(reads):
         lines += _product(dtype)
     for factor in factors(plan):
         lines += _turn(factor)
+    lines += row.function() if row is not None else []
     return lines + (_finished(plan) if plan.kernel.then is not None else [])
 
 
@@ -263,6 +277,10 @@ def calls(plan: Plan) -> Lines:
         lines.append(f"{factor.name}[{grid}]({', '.join(passed)}, num_warps={factor.warps}, enable_fp_fusion=False)")
         source = target
         height = "R" if factor.axis == 0 and factor.last else height
+    row = gemm_row.Row.of(plan)
+    if row is not None:
+        lines += row.call(source, height)
+        source = "turned_1"
     if plan.kernel.then is None:
         return [*lines, f"out = {source}"]
     extra = [f"x{index}" for index, _ in enumerate(plan.kernel.then.inputs, 1)]
@@ -287,6 +305,9 @@ def entries(plan: Plan) -> list[Entry]:
         }
         arguments = [types.get(name, Argument(name, "i32", 4096)) for name in factor.arguments]
         found.append(Entry(factor.name, tuple(arguments), factor.warps, 3))
+    row = gemm_row.Row.of(plan)
+    if row is not None:
+        found.append(row.entry())
     if plan.kernel.then is not None:
         inputs = [Argument(f"x{i}", POINTERS[each.dtype]) for i, each in enumerate(plan.kernel.then.inputs, 1)]
         result = [Argument("out", POINTERS[plan.kernel.result]), Argument("R", "i32", 4096), Argument("C", "i32", 4096)]

@@ -39,6 +39,7 @@ Launch = Callable[[list[Tensor], Sequence[int], Tensor | None, Sequence[int], Se
 FALLBACKS: dict[str, str] = {}
 _LAUNCHES: dict[Any, Launch] = {}
 _SHAPES: dict[str, set[tuple[int, ...]]] = {}
+_MOST = 1 << 14  # calls that are remembered
 _MANY = 8  # a kernel that met more sizes than this is emitted for symbols
 
 
@@ -74,6 +75,8 @@ def run(
         launch = _resolve(inputs, kernel, sizes, seed, uses, spins)
         # What is chosen during a capture was not measured: the next call may do better.
         if not (inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+            if len(_LAUNCHES) >= _MOST:
+                _LAUNCHES.clear()
             _LAUNCHES[key] = launch
     device = inputs[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():

@@ -25,6 +25,7 @@ from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from lpcompile import once, ops, pipeline
+from lpcompile.codegen import launch, reveal
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import clean_name, parameter_of, size_hint
 from lpcompile.passes import PIPELINE
@@ -49,6 +50,8 @@ def lowprec(
     chosen = Options.of(options)
     recipe = find_recipe(chosen.recipe)
     target = find_target(chosen.target, _device(example_inputs))
+    if target.name != "cpu" and (torch.cuda.is_available() or launch.interpreting()):
+        launch.install()
     steps = tuple(Step.of(entry) for entry in (PIPELINE if chosen.passes is None else chosen.passes))
     patches = {**(torch._inductor.list_mode_options(mode) if mode else {}), **chosen.inductor}
     untouched = recipe.empty and chosen.passes is None and not pipeline.capturing()
@@ -114,8 +117,9 @@ def source_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(__file__).resolve().parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    for path in sorted((pathlib.Path(__file__).resolve().parent / "passes").glob("*.py")):
-        digest.update(path.read_bytes())
+    for folder in ("passes", "codegen"):
+        for path in sorted((pathlib.Path(__file__).resolve().parent / folder).glob("*.py")):
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
@@ -157,6 +161,7 @@ class _Compiler:
         """Inductor, with the pipeline in its joint-graph slot and the user's own pass, if any, before it."""
         user = patches.pop("joint_custom_pre_pass", None) or inductor_config.joint_custom_pre_pass
         patches = {**patches, "joint_custom_pre_pass": _Slot(self, user, _names(gm))}
+        patches = reveal.patched(patches, self.target, source_digest())
         once.protect()
         if pipeline.capturing():
             patches["force_disable_caches"] = True

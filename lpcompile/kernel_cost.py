@@ -19,6 +19,7 @@ from typing import Any
 import sympy
 import torch
 
+from lpcompile import hadamard
 from lpcompile.formats import F32, Quant
 from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Input, Kernel, Output, RequantKernel
 from lpcompile.recipe import Cast, Dot, DotOperand, Rotation, decoded_parts, folds
@@ -28,14 +29,15 @@ from lpcompile.target import Target
 ONE_WAY, BOTH_WAYS = 0.88, 0.80
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
-# A rotation of more is a product of several, and of more than a row holds a trip through memory in FP32.
-TURN = 256
+# A rotation of more, or of no power of two, is a product of several and goes through memory. The factors are at most so large:
+TURN, CAST_FACTOR, GEMM_FACTOR = 256, 128, 64
 
 
 @dataclass(frozen=True)
 class Cost:
     """One launch. read, written, minimum: bytes; flops: of a product in instructions of `kind`; turned: flops of rotations,
-    in bf16; share: of the bandwidth that such a kernel reaches; launches: functions that are started."""
+    in bf16; share: of the bandwidth that such a kernel reaches; apart: bytes, among those, that functions after a product move;
+    launches: functions that are started."""
 
     read: Any
     written: Any
@@ -44,6 +46,7 @@ class Cost:
     kind: str = "bf16"
     turned: Any = 0
     share: float = 1.0
+    apart: Any = 0
     launches: int = 1
 
     @property
@@ -53,8 +56,8 @@ class Cost:
     def time(self, target: Target) -> Any:
         """Microseconds."""
         product = self.flops / (rate(self.kind, target) * 1e6)
-        memory = self.moved / (self.share * target.bandwidth * 1e6)
-        turning = self.turned / (target.rates["bf16"] * 1e6)
+        memory = (self.moved - self.apart) / (self.share * target.bandwidth * 1e6)
+        turning = self.turned / (target.rates["bf16"] * 1e6) + self.apart / (ONE_WAY * target.bandwidth * 1e6)
         return _larger(_larger(product, memory) + turning, self.launches * target.launch)
 
 
@@ -163,32 +166,57 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
     """A Cast or a Requant. first: bytes of its inputs; again: of the least that a second read takes; kept: written besides."""
     twice = any(map(_spans, outputs))
     needed = any(_spans(output) and not _held(output, cols) for output in outputs)
+    elements = rows * cols
     written = kept + _output_bytes(outputs, rows, cols)
-    turned, trips = 0, 0
-    distinct = {(axis, turn) for output in outputs for axis, turn in enumerate(output.cast.rotations) if turn is not None}
-    for axis, turn in distinct:
-        wide = turn.block > TURN
-        # With an amax in front every tile is turned twice.
-        turned += 2 * rows * cols * _factors(turn) * (2 if twice else 1)
-        # Along rows a program holds what it turns; the other way it goes through memory: FP32 out and in again.
-        trips += 8 * rows * cols if wide and not (axis == 1 and turn.block <= ROW) else 0
+    minimum = first + (again if needed else 0) + written
+    reads = 2 if twice else 1
+    turned, launches = 0, reads
+    read: Any = 0
+    turns = {output.cast.rotations for output in outputs}
+    for pair in turns:
+        passes = _cast_passes(pair)
+        orders = [order for order, _ in passes] or [turn.block for turn in pair if turn is not None]
+        # Inside a cast every tile is turned for the amax and again for the codes; in memory it stays turned.
+        turned += 2 * elements * sum(orders) * (1 if passes else reads)
+        # The matrix that was turned in memory is what the amax and the codes are read from.
+        read += sum(taken for _, (taken, _) in passes) * elements + (2 * reads * elements if passes else 0)
+        written += sum(made for _, (_, made) in passes) * elements
+        launches += len(passes)
+    # What is not turned in memory shares the reads of the source.
+    read += reads * first if any(not _cast_passes(pair) for pair in turns) else 0
     both = len({output.transposed for output in outputs}) == 2
-    return Cost(
-        read=(2 if twice else 1) * first + trips / 2,
-        written=written + trips / 2,
-        minimum=first + (again if needed else 0) + written,
-        turned=turned,
-        share=BOTH_WAYS if both else ONE_WAY,
-        launches=2 if twice else 1,
-    )
+    return Cost(read, written, minimum, turned=turned, share=BOTH_WAYS if both else ONE_WAY, launches=launches)
+
+
+def _orders(block: int, limit: int) -> list[int]:
+    """The factors of a large rotation."""
+    base, power = hadamard.decompose(block) or (1, block)
+    bits = power.bit_length() - 1
+    count = -(-bits // (limit.bit_length() - 1))
+    split = [1 << (bits // count + (index < bits % count)) for index in range(count)]
+    return split + ([base] if base > 1 else [])
+
+
+def _in_tile(turn: Rotation | None) -> bool:
+    return turn is None or (turn.block <= TURN and turn.block & (turn.block - 1) == 0)
 
 
 @functools.cache
-def _factors(turn: Rotation) -> int:
-    """Multiplications an element takes: the block, or the sum of the two sizes that a large block is a product of."""
-    if turn.block <= TURN:
-        return turn.block
-    return min(a + turn.block // a for a in range(2, turn.block) if turn.block % a == 0)
+def _cast_passes(pair: tuple[Rotation | None, Rotation | None]) -> tuple[tuple[int, tuple[int, int]], ...]:
+    """(order, bytes an element that are read and written) of each pass over the matrix that turns it; none in a tile.
+
+    Along rows one program turns whole blocks; along columns each factor is a pass. FP32 lies between two passes.
+    """
+    if all(map(_in_tile, pair)):
+        return ()
+    rows, cols = pair
+    orders = [sum(_orders(cols.block, CAST_FACTOR))] if cols is not None else []
+    return _through_memory(orders + (_orders(rows.block, CAST_FACTOR) if rows is not None else []))
+
+
+def _through_memory(orders: Sequence[int]) -> tuple[tuple[int, tuple[int, int]], ...]:
+    last = len(orders) - 1
+    return tuple((order, (4 if index else 2, 2 if index == last else 4)) for index, order in enumerate(orders))
 
 
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:
@@ -244,15 +272,19 @@ def _gemm(kernel: GemmKernel, m: Any, n: Any, k: Any, target: Target) -> Cost:
     read += m * n / 8 if kernel.mask else 0
     read += sum(_input_bytes(kind, m, n) for kind in kernel.then.inputs) if kernel.then is not None else 0
     written = kernel.result.itemsize * m * n
-    turned, trips = 0, 0
-    for axis, turn in enumerate(kernel.undo):
+    minimum = read + written
+    turned, apart, launches = 0, 0, 1
+    # A block that no tile holds sends the result through memory, factor by factor.
+    away = not all(map(_in_tile, kernel.undo))
+    for turn in kernel.undo:
         if turn is not None:
-            turned += 2 * m * n * _factors(turn)
-            # More than a tile holds: the result makes a trip through memory, and along columns one for each factor.
-            trips += (2 if axis == 1 else 4) * size * m * n if turn.block > TURN else 0
+            passes = _through_memory(_orders(turn.block, GEMM_FACTOR)) if away else ()
+            turned += 2 * m * n * (sum(order for order, _ in passes) or turn.block)
+            taken, made = (sum(pair[index] for _, pair in passes) * m * n for index in range(2))
+            read, written, apart = read + taken, written + made, apart + taken + made
+            launches += len(passes)
     kind = _product_kind(kernel.dot, kernel.out, target)
-    total = read + written
-    return Cost(read + trips / 2, written + trips / 2, total, flops=2 * m * n * k, kind=kind, turned=turned)
+    return Cost(read, written, minimum, 2 * m * n * k, kind, turned, apart=apart, launches=launches)
 
 
 # ---- any kernel --------------------------------------------------------------------------------------------------

@@ -55,6 +55,8 @@ class Target:
 TARGETS = (
     # Two AVX-512 cores; measured with torch.mm and torch._int_mm. FP8 and FP4 run decoded.
     Target("cpu", {"f32": 0.2, "bf16": 0.45, "int8": 0.8}, bandwidth=0.02, launch=5.0),
+    # Triton's interpreter: what Hopper multiplies, so that its kernels run on a CPU; speed is not the point.
+    Target("interpret", {"f32": 1.0, "bf16": 2.0, "fp8": 4.0, "int8": 4.0}, bandwidth=1e6, launch=0.0),
     Target("sm_80", {"f32": 19.5, "bf16": 312.0, "int8": 624.0}, bandwidth=1.9, launch=3.0),
     Target(
         "sm_89",

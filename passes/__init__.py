@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lpcompile.passes.assign import assign
 from lpcompile.passes.canonicalize import canonicalize
+from lpcompile.passes.fuse import fuse
 from lpcompile.passes.hoist import hoist
 from lpcompile.passes.quantize import quantize
 from lpcompile.passes.rotate import rotate
@@ -21,4 +22,5 @@ PIPELINE = (
     Step("thaw", thaw, "weights stored as codes need no quantisation, or are decoded where they are read"),
     Step("hoist", hoist, "weights that nobody trains are quantised once, now that it is known how"),
     Step("save", save, "backward keeps codes and scales, and weights are quantised where they are read"),
+    Step("fuse", fuse, "quantisations, products and their neighbours become launches, once everything else is settled"),
 )

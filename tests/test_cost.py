@@ -177,11 +177,12 @@ def test_sizes_that_are_zero_cost_launches() -> None:
             65536 + 32768 + 4,
             131072 + 65536 + 65536 + 32768 + 4,
         ),
+        # Quartet's shrinking comes with a factor of 4 bytes.
         (
             "requant e2m1:1x32:e8m0:up|1 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
             16384 + 1024,
-            16384 + 1024,
-            2 * (16384 + 1024),
+            16384 + 1024 + 4,
+            2 * (16384 + 1024) + 4,
         ),
         ("decode e2m1:1x16:e4m3+f32|1", 16384 + 2048, 65536, 16384 + 2048 + 65536),
         ("decode int8:row|1", 32768, 65536, 32768 + 65536),
@@ -212,11 +213,16 @@ def test_time_of_a_cast() -> None:
 def test_a_large_rotation_is_a_product_of_two() -> None:
     size = 4096 * 8192
     rows = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h4096", 8192, 4096)
-    # 64 x 64, turned for the amax and again for the codes; within a row nothing goes through memory.
-    assert rows.turned == 2 * size * 128 * 2 and rows.moved == 5 * size + 4 == rows.minimum
-    cols = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|0:h8192", 8192, 4096)
-    assert cols.turned == 2 * size * (64 + 128) * 2
-    assert cols.moved == 13 * size + 4 and cols.minimum == 5 * size + 4  # FP32 out and in again
+    # 64 x 64 in one pass that writes the turned matrix; the amax and the codes read that.
+    assert rows.turned == 2 * size * 128
+    assert (rows.read, rows.written) == ((2 + 4) * size, (2 + 1) * size + 4) and rows.minimum == 5 * size + 4
+    # 128 x 64 along tokens: a pass each, FP32 between them.
+    cols = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1, int8:tensor|1|0:h8192", 8192, 4096)
+    assert cols.turned == 2 * size * (128 + 64)
+    assert (cols.read, cols.written) == ((4 + 2 + 4 + 4) * size, (4 + 2 + 1 + 1) * size + 8)
+    assert cols.launches == 4 and cols.minimum == 6 * size + 8
+    # 28 x 512: a base matrix and Sylvester's.
+    assert cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h14336", 128, 14336).turned == 2 * 128 * 14336 * (32 + 16 + 28)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +253,18 @@ def test_bytes_and_kind_of_products(text: str, read: int, written: int, kind: st
 
 
 def test_a_rotation_that_is_undone() -> None:
-    # In the epilogue where a tile holds it; else the result makes trips through memory.
+    # In the epilogue where a tile holds it; else the result goes through memory, factor by factor.
     plain, small, large = (
         cost(f"gemm int8:tensor|1 @ int8:tensor|1' -> bf16{undo}", 4096, 4096, 4096)
         for undo in ("", " * 1:h32", " * 0:h4096 * 1:h4096")
     )
-    assert small.moved == plain.moved and small.turned == 2 * 4096 * 4096 * 32
-    assert large.moved - plain.moved == (4 + 8) * 4096 * 4096 and large.turned == 2 * 2 * 4096 * 4096 * 128
-    assert large.minimum == plain.moved
+    size = 4096 * 4096
+    assert small.moved == plain.moved and small.turned == 2 * size * 32
+    assert large.moved - plain.moved == large.apart == 2 * (2 + 4 + 4 + 2) * size and large.turned == 2 * 2 * size * 128
+    assert large.minimum == plain.moved and large.launches == 5
+    # What comes after the product is not hidden behind it.
+    after = (large.apart / ONE_WAY / TOY.bandwidth + large.turned / 2.0) / 1e6
+    assert large.time(TOY) == pytest.approx(plain.time(TOY) + after)
 
 
 # ---- targets -----------------------------------------------------------------------------------------------------

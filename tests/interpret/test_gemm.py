@@ -25,8 +25,8 @@ KERNELS = [
     "gemm e4m3:row|1~ @ hp -> bf16",
 ]
 GROUPED = [
-    "gemm e4m3:1x32|1 @ e4m3:32x32|1' -> bf16",
-    "gemm e4m3:1x32|0' @ e4m3:1x64|0 -> f32",
+    "gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16",
+    "gemm e4m3:1x128|0' @ e4m3:1x128|0 -> f32",
     "gemm e4m3:1x64|1~ @ e4m3:64x64|1~' -> f32",
 ]
 SCALED = [
@@ -45,10 +45,14 @@ def test_products(text: str, shape: tuple[int, int, int], tma: bool):
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])
-@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("shape", [(48, 80, 192), (45, 39, 151)], ids=str)
 @pytest.mark.parametrize("text", GROUPED)
 def test_scales_that_vary_along_the_contraction(text: str, shape: tuple[int, int, int], tma: bool):
     check(text, shape, TILE, target="sm_90", tma=tma, persistent=tma)
+
+
+def test_a_tile_across_two_blocks_of_scales():
+    check(GROUPED[0], (40, 300, 140), (32, 256, 64), target="sm_90")
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "tma"])

@@ -20,7 +20,7 @@ FOLLOWED = [
     " -> f32 * 0:h16fixed",
     " -> bf16 * 0:h32drawn * 1:h4",
     " -> f32 * mask * 1:h32fixed",
-    " -> bf16 then add(x0, x1) as bf16 with x1:bf16",
+    " -> bf16 then add(tanh(x0), x1) as bf16 with x1:bf16",
     " -> bf16 + bias then mul(silu(x0), mul(x1, x2)) as f32 with x1:f32[r] x2:bf16[c]",
     " -> bf16 * mask' * 0:h16drawn * 1:h32 then maximum(gelu(x0), mul(x1, 0.5)) as f16 with x1:bf16",
 ]
@@ -40,7 +40,7 @@ def test_steps_after_a_product(rest: str, shape: tuple[int, int, int], split: in
     [
         f"{ROW} -> f32 + bias",
         "gemm int8:row|1 @ int8:row|1' -> f32",
-        "gemm e4m3:1x32|1 @ e4m3:32x32|1' -> f32",
+        "gemm e4m3:1x128|1 @ e4m3:128x128|1' -> f32",
         "gemm hp' @ hp -> f32",
     ],
 )
@@ -58,10 +58,15 @@ def test_split_contractions(text: str, shape: tuple[int, int, int], tma: bool):
         " -> f32 * 0:h20fixed * 1:h24drawn",
         " -> bf16 * mask * 0:h512drawn then add(x0, x1) as f32 with x1:bf16[r]",
         " -> f16 * 0:h40 * 1:h2",
+        " -> f32 * 1:h192",
     ],
 )
 def test_rotations_that_no_tile_holds(rest: str, shape: tuple[int, int, int]):
     check_followed(ROW + rest, shape, TILE)
+
+
+def test_a_long_block_of_a_row():
+    check_followed(f"{ROW} -> bf16 * 0:h12 * 1:h3072drawn", (20, 50, 33), (32, 128, 32))
 
 
 @pytest.mark.parametrize(

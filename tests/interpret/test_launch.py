@@ -13,7 +13,6 @@ from lpcompile.codegen.example import example, mismatch
 from lpcompile.codegen.source import Schedule
 from lpcompile.fused import fused_reference
 from lpcompile.kernel import parse
-from lpcompile.target import Target
 
 GEMM = "gemm e4m3:row|1 @ e4m3:row|1' -> bf16 + bias"
 
@@ -24,8 +23,6 @@ def _installed(monkeypatch):
     monkeypatch.setattr(launch, "_LAUNCHES", {})
     monkeypatch.setattr(launch, "_SHAPES", {})
     monkeypatch.setattr(launch, "FALLBACKS", {})
-    target = Target("interpret", {"f32": 1.0, "bf16": 1.0, "fp8": 2.0, "int8": 2.0}, bandwidth=1.0, launch=1.0)
-    monkeypatch.setattr(launch, "find_target", lambda *_: target)
 
 
 def fused(call):

@@ -45,7 +45,7 @@ PLANTED = {
     "no mask on the tail (cast)": (CAST, (40, 300), r"(tl\.load\(.*), mask=.*, other=0\)", r"\1)"),
     "the signs of the other operand": (TURNED, (40, 96), r"spins\[1\]", "spins[2]"),
     "signs behind the rotation": (TURNED, (40, 96), r"(drawn_signs\(stream_key.*32\))\[:, None\]", r"\1[None, :]"),
-    "no mask on the tail (product)": (GEMM, (72, 200, 300), r"(tl\.load\(\w_tile), mask=[^=]*other=0\.0\)", r"\1)"),
+    "no mask on the tail (product)": (GEMM, (72, 200, 300), r"(tl\.load\(\w_tile[^,]*), mask=[^=]*other=0\.0\)", r"\1)"),
 }
 
 

@@ -1,0 +1,112 @@
+"""`benchmarks/device.py` without a device: its parts in tiny sizes, workers that die, and the tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import device
+import device_correct
+import pytest
+import torch
+from device_run import Part, Settings, columns, in_turns, milliseconds, run_part
+
+from lpcompile.codegen.example import example
+
+CPU = torch.device("cpu")
+
+
+def settings(folder: Path, **how) -> Settings:
+    return Settings(str(folder), ("fp8-rowwise",), (64,), dry=True, **how)
+
+
+@pytest.mark.parametrize("name", ["correct", "ceilings", "kernels", "linear"])
+def test_a_part_in_tiny_sizes(name: str, tmp_path: Path) -> None:
+    part, how = device.PARTS[name], settings(tmp_path)
+    rows = [{**case, **part.run(case, how, [])} for case in part.cases(how)]
+    assert rows and all("error" not in row and not row.get("failed") for row in rows)
+    # What travels between processes is JSON.
+    assert len(columns(part.lines(json.loads(json.dumps(rows)))).splitlines()) > 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1", "gemm e4m3:row:up|1 @ e4m3:row:up|1' -> bf16", "decode e4m3:1x32:e8m0:up|1"],
+)
+def test_a_wrong_kernel_fails(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"name": "one", "kind": "kernel", "text": text, "seed": 3}
+    how = settings(tmp_path)
+    assert device_correct._kernel(case, how)["failed"] == []
+
+    def permuted(call):
+        return [each.roll(1, 0) if each.dim() else each for each in expected(call)]
+
+    expected = device_correct.Example.reference
+    # The launch of a dry run is the reference: give it back permuted every other time.
+    answers = iter([expected, permuted, permuted] * 9)
+
+    def reference(call):
+        return next(answers)(call)
+
+    monkeypatch.setattr(device_correct.Example, "reference", reference)
+    assert device_correct._kernel(case, how)["failed"]
+
+
+def test_inputs_are_fresh_for_each_seed() -> None:
+    kernel = device_correct.parse("cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1")
+    a, b, c = (example(kernel, (64, 128), "cpu", seed).inputs[0] for seed in (1, 2, 1))
+    assert torch.equal(a, c) and not torch.equal(a, b)
+
+
+_SCRIPT = """
+import os, sys, time
+sys.path.insert(0, {folder!r})
+from pathlib import Path
+from device_run import Part, serve
+
+def run(case, settings, before):
+    if case["name"] == "dies": os._exit(7)
+    if case["name"] == "hangs": time.sleep(60)
+    if case["name"] == "raises": raise ValueError("no such thing")
+    return {{"before": len(before)}}
+
+serve(Part("toy", None, run, None), Path(sys.argv[3]), Path(sys.argv[4]))
+"""
+
+
+def test_a_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT.format(folder=str(Path(device.__file__).parent)))
+    names = ["a", "raises", "dies", "b"]
+    part = Part("toy", lambda _: [{"name": name} for name in names], None, None)
+    rows = run_part(part, settings(tmp_path / "out"), script)
+    assert [row["name"] for row in rows] == names
+    assert rows[0]["before"] == 0 and rows[3]["before"] == 3
+    assert rows[1]["error"] == "ValueError: no such thing" and "status 7" in rows[2]["error"]
+    assert json.loads((tmp_path / "out/toy/rows.json").read_text()) == rows
+
+
+def test_what_is_not_reached_is_named(tmp_path: Path) -> None:
+    part = Part("toy", lambda _: [{"name": "a"}, {"name": "b"}], None, None)
+    rows = run_part(part, settings(tmp_path, budget=0.0), Path("none"))
+    assert [row["error"] for row in rows] == ["not reached in time"] * 2
+
+
+def test_clocks() -> None:
+    calls = []
+    assert milliseconds(lambda: calls.append(1), CPU) < 50 and len(calls) == 3
+    slow, fast = (lambda n=n: torch.randn(n).sort() for n in (400_000, 1_000))
+    theirs, ours, ratio = in_turns(slow, fast, CPU)
+    assert theirs > ours and ratio > 2
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts, how = device.parse(["--dry-run", "--only", "linear,e2e", "--recipes", "mxfp8,none", "--out", str(tmp_path)])
+    assert [part.name for part in parts] == ["linear", "e2e"] and how.recipes == ("mxfp8", "none")
+    assert Settings.read(how.text()) == how
+    for wrong in (["--only", "nothing", "--dry-run"], [] if not torch.cuda.is_available() else ["--only", "x"]):
+        with pytest.raises(SystemExit):
+            device.parse([*wrong, "--out", str(tmp_path)])
+    assert "--dry-run tries the script itself" in capsys.readouterr().err or torch.cuda.is_available()
+    assert "torch" in device.machine(dry=True) and sys.version_info[:2] >= (3, 11)

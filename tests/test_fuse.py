@@ -1,0 +1,183 @@
+"""The fuser: a fused graph means what the unfused one means, and nothing is left that should have been taken in."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from llama import Llama, LlamaConfig
+from torch import nn
+
+import lpcompile as lp
+from lpcompile import fused, match, ops
+from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, RequantKernel
+
+RECIPES = (
+    "fp8-tensorwise",
+    "fp8-rowwise",
+    "deepseek",
+    "mxfp8",
+    "int8-rowwise",
+    "halo2-int8",
+    "mxfp4",
+    "quartet",
+    "nvfp4",
+    "quartet2",
+)
+
+
+def step(model: nn.Module, inputs, recipe: str, target: str, **options):
+    """(loss, gradients, the graph after the last pass, its trace) of one step under the reference executor."""
+    torch.compiler.reset()
+    model.zero_grad()
+    given = {"recipe": recipe, "target": target, "executor": "reference", "always": True, **options}
+    with lp.capture() as seen:
+        torch.manual_seed(1)
+        loss = torch.compile(model, backend="lowprec", options=given)(*inputs)
+        loss.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), grads, seen[0]
+
+
+@pytest.fixture(autouse=True)
+def _one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a seed that only backward reads is drawn in forward too is the partitioner's choice."""
+    monkeypatch.setitem(ops.REFERENCE, "draw_seed", lambda like: torch.tensor([12345], device=like.device))
+
+
+@pytest.fixture(scope="module")
+def block():
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig.sized(128, 1, seq=64)).to(torch.bfloat16)
+    # nvfp4 keeps the last of several blocks: with one block everything is converted.
+    return model, (torch.randint(0, 255, (2, 64)), torch.randint(0, 255, (2, 64)))
+
+
+def kernels(code: str) -> list:
+    """The Kernels of a graph, in order."""
+    texts = re.findall(r"lowprec\.fused\.default\(\[[^\]]*\], (\"[^\"]*\"|'[^']*')", code)
+    return [fused.parse_kernel(text[1:-1]) for text in texts]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_fused_graph_means_the_same(block, recipe: str) -> None:
+    model, inputs = block
+    loss, grads, _ = step(model, inputs, recipe, "cpu")
+    for target in ("sm_90", "sm_100"):
+        fused_loss, fused_grads, trace = step(model, inputs, recipe, target)
+        assert torch.equal(loss, fused_loss)
+        for name, grad in grads.items():
+            assert torch.equal(grad, fused_grads[name]), (target, name)
+        code = trace.graph_after("fuse")
+        left = r"lowprec\.(quantize|requantize|dequantize|scaled_mm|apply_mask)\.default"
+        assert not re.search(left, code), recipe
+        if recipe not in ("halo2-int8", "quartet"):
+            # Rotations back of a sum of gradients stand alone: three became one.
+            assert "lowprec.hadamard" not in code
+    assert not torch.equal(grads["layers.0.mlp.up_proj.weight"], grads["layers.0.mlp.gate_proj.weight"])
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("recipe", ["fp8-rowwise", "nvfp4"])
+def test_each_tensor_is_read_once_and_prologues_are_inside(block, recipe: str, target: str) -> None:
+    model, inputs = block
+    code = step(model, inputs, recipe, target)[2].graph_after("fuse")
+    found = kernels(code)
+    casts = [k for k in found if isinstance(k, CastKernel)]
+    # x of q, k, v; of o; of gate and up; of down: as many casts in forward, beside those of the weights.
+    prologues = [str(k.prologue) for k in casts if not k.plain]
+    assert sum("[r]" in str(k) and "[c]" in str(k) for k in casts) == 2  # the two norms
+    assert any("exp(neg(x0))" in p and p.startswith("bf16(mul(") and "x1" in p for p in prologues)  # SwiGLU
+    assert any("sigmoid" in p or "exp(neg" in p for p in prologues[3:])  # its gradient
+    sources = re.findall(r"lowprec\.fused\.default\(\[([^\]]*)\], (?:\"|')cast ", code)
+    forward = [s for s in sources if s.startswith(("view", "reshape"))]
+    assert len(forward) == len(set(forward)), "a tensor is quantised by two launches"
+    if recipe == "nvfp4":
+        decoded = target == "sm_90"
+        gemms = [k for k in found if isinstance(k, GemmKernel)]
+        assert all(k.dot.left.decoded is decoded and k.dot.right.decoded is decoded for k in gemms)
+        # What backward reads of forward are codes, decoded just before the product.
+        assert any(isinstance(k, DecodeKernel) for k in found) is decoded
+
+
+def test_native_operands_lie_along_the_contraction(block) -> None:
+    model, inputs = block
+    for recipe in ("fp8-tensorwise", "int8-rowwise", "deepseek"):
+        for kernel in kernels(step(model, inputs, recipe, "sm_90")[2].graph_after("fuse")):
+            if isinstance(kernel, GemmKernel):
+                assert not kernel.dot.left.transposed and kernel.dot.right.transposed, kernel
+
+
+def test_saved_tensors_are_codes(block) -> None:
+    model, inputs = block
+    for recipe, target in (("fp8-rowwise", "sm_90"), ("quartet", "sm_90"), ("nvfp4", "sm_100")):
+        trace = step(model, inputs, recipe, target)[2]
+        parts = [entry["info"]["part"] for entry in trace.saved if entry["info"]]
+        assert "codes" in parts and "values" not in parts, (recipe, parts)
+        weights = [e for e in trace.saved if e["info"] and "primals" in str(e["info"].get("base", ""))]
+        assert recipe == "quartet" or not weights, "backward quantises weights anew"
+
+
+def test_quartet_requantises_codes_under_masks(block) -> None:
+    model, inputs = block
+    found = kernels(step(model, inputs, "quartet", "sm_90")[2].graph_after("fuse"))
+    assert sum(isinstance(k, RequantKernel) for k in found) == 11  # seven weights, four inputs
+    gemms = [k for k in found if isinstance(k, GemmKernel)]
+    assert sum(k.mask for k in gemms) == 14 and sum(k.undo != (None, None) for k in gemms) == 7
+
+
+def test_bias_and_residual_follow_the_product() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(96, 64, dtype=torch.bfloat16)
+            self.outer = nn.Linear(64, 96, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.outer(torch.nn.functional.gelu(self.inner(x)))).float().square().mean()
+
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(3, 40, 96, dtype=torch.bfloat16)
+    loss, grads, _ = step(model, (x,), "fp8-rowwise", "cpu")
+    fused_loss, fused_grads, trace = step(model, (x,), "fp8-rowwise", "sm_90")
+    # GELU through erf in one expression: FP32 all the way, rounded where the graph rounds.
+    assert torch.equal(loss, fused_loss)
+    for name, grad in grads.items():
+        assert torch.equal(grad, fused_grads[name]), name
+    gemms = [k for k in kernels(trace.graph_after("fuse")) if isinstance(k, GemmKernel)]
+    assert sum(k.bias for k in gemms) == 2
+    assert any(k.then is not None and k.bias for k in gemms)
+
+
+def test_dynamic_sizes() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(64, 96, dtype=torch.bfloat16)
+    for recipe in ("fp8-rowwise", "quartet", "nvfp4"):
+        given = {"recipe": recipe, "executor": "reference", "always": True}
+        torch.compiler.reset()
+        fused_model = torch.compile(model, backend="lowprec", options={**given, "target": "sm_90"}, dynamic=True)
+        plain = torch.compile(model, backend="lowprec", options={**given, "target": "cpu"}, dynamic=True)
+        for tokens in (48, 80):
+            x = torch.randn(tokens, 64, dtype=torch.bfloat16)
+            torch.manual_seed(3)
+            y = fused_model(x)
+            torch.manual_seed(3)
+            assert torch.equal(y, plain(x)), (recipe, tokens)
+            assert y.abs().sum() > 0
+
+
+def test_a_merge_that_would_be_a_cycle_is_seen() -> None:
+    graph = torch.fx.Graph()
+    a = graph.placeholder("a")
+    b = graph.call_function(torch.neg, (a,))
+    c = graph.call_function(torch.exp, (b,))
+    d = graph.call_function(torch.add, (b, c))
+    assert match.reaches(b, [c], without=[d])
+    assert not match.reaches(c, [b])
+    assert not match.reaches(b, [a])
+
+
+def test_nothing_is_fused_on_a_cpu(block) -> None:
+    model, inputs = block
+    assert "lowprec.fused" not in step(model, inputs, "fp8-rowwise", "cpu")[2].graph_after("fuse")
