@@ -1,6 +1,7 @@
 """Every kernel family, format and target, compiled without a device: registers, spills, shared memory, instructions.
 
     python benchmarks/cross_compile.py --targets sm_90,sm_100 --families gemm
+    python benchmarks/cross_compile.py --targets sm_90 --families layer       (what the recipes make of a linear layer)
 
 One line a jit function, and what is wrong with it: spilled registers, shared memory that the target does not have, a
 tensor-core instruction other than the one it should have, tiles that do not come through tensor descriptors where they could.
@@ -23,6 +24,7 @@ from lpcompile.codegen.compile import SHARED_LIMIT, Compiled, Product, compile_e
 from lpcompile.codegen.source import Sizes
 from lpcompile.errors import KernelError
 from lpcompile.kernel import GemmKernel, Kernel, parse
+from lpcompile.layer import layer_kernels
 from lpcompile.target import Target, find_target
 
 TARGETS = tuple(SHARED_LIMIT)
@@ -92,6 +94,18 @@ REQUANTS = {
     "quartet2": "requant e2m1:1x16:e4m3+f32:4over6|1 as bf16 -> e2m1:1x16:e4m3+f32:eden|0|0:h128drawn'",
 }
 DECODES = {"mxfp8": "decode e4m3:1x32:e8m0:up|1", "nvfp4": "decode e2m1:1x16:e4m3+f32|1", "int8": "decode int8:row|1"}
+LAYERS = (
+    "fp8-tensorwise",
+    "fp8-rowwise",
+    "deepseek",
+    "mxfp8",
+    "int8-rowwise",
+    "halo2-int8",
+    "mxfp4",
+    "quartet",
+    "nvfp4",
+    "quartet2",
+)
 FAMILIES = ("gemm", "cast", "requant", "decode")
 
 
@@ -115,10 +129,16 @@ def texts(family: str, target: str) -> dict[str, str]:
 
 def rows(family: str, name: str, target: str) -> list[Row]:
     """Compiles a kernel with its default schedule and judges each of its functions."""
-    text = texts(family, target)[name]
+    if family == "layer":
+        found = [(" ".join((name, *each.roles)), each.kernel, each.sizes) for each in layer_kernels(name, target, SIZES)]
+        return [row for label, kernel, sizes in found for row in _compiled(family, label, kernel, sizes, target)]
+    return _compiled(family, name, parse(texts(family, target)[name]), SIZES[: 3 if family == "gemm" else 2], target)
+
+
+def _compiled(family: str, name: str, kernel: Kernel, sizes: Sequence[int], target: str) -> list[Row]:
+    machine = find_target(target)
     try:
-        kernel, machine = parse(text), find_target(target)
-        source = emit(kernel, Sizes.of(*SIZES[: 3 if family == "gemm" else 2]), machine)
+        source = emit(kernel, Sizes.of(*sizes), machine)
         found = [compile_entry(source, entry, machine) for entry in source.entries]
     except KernelError as error:
         return [Row(family, name, target, None, (str(error),))]
@@ -131,14 +151,14 @@ def _faults(compiled: Compiled, kernel: Kernel, name: str, target: Target) -> tu
         found.append(f"{compiled.spills} bytes spilled")
     if not compiled.fits:
         found.append(f"{compiled.shared} bytes of shared memory, of {SHARED_LIMIT[target.name]}")
-    if isinstance(kernel, GemmKernel):
+    if isinstance(kernel, GemmKernel) and name in GEMMS:
         expected = GEMMS[name].products(target.name)
         # A function that only adds parts up multiplies nothing.
         if compiled.products != expected and compiled.name == "gemm":
             found.append(f"multiplies with {_names(compiled.products)} in place of {_names(expected)}")
         if target.name in TMA and not compiled.tma and compiled.name == "gemm":
             found.append("no tensor descriptors")
-    elif any(product.kind != "bf16" for product in compiled.products):
+    elif not isinstance(kernel, GemmKernel) and any(product.kind != "bf16" for product in compiled.products):
         # A rotation is a product with a small matrix, exact in bf16.
         found.append(f"multiplies with {_names(compiled.products)}")
     return tuple(found)
@@ -152,7 +172,7 @@ def table(targets: Sequence[str], families: Sequence[str]) -> Iterator[Row]:
     """All rows, as they come."""
     for family in families:
         for target in targets:
-            for name in texts(family, target):
+            for name in LAYERS if family == "layer" else texts(family, target):
                 yield from rows(family, name, target)
 
 

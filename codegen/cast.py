@@ -19,7 +19,7 @@ from lpcompile.codegen.group import Group
 from lpcompile.codegen.in_memory import BASE_MATRIX, Turner
 from lpcompile.codegen.origin import Origin, emit_origin, emit_plain
 from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header, next_power_of_two
-from lpcompile.codegen.tiling import cast_schedules
+from lpcompile.codegen.tiling import cast_schedules, needs_of
 from lpcompile.codegen.turn import fits
 from lpcompile.codegen.views import View, stored
 from lpcompile.codegen.write import POINTERS_TO
@@ -93,11 +93,14 @@ class _Emitter:
 
     def _make_groups(self, outputs: tuple[Output, ...]) -> None:
         direct: list[View] = []
+        across: list[View] = []
         turned: dict[object, list[tuple[int, Output]]] = {}
         for index, output in enumerate(outputs):
             rotations = output.cast.rotations
             if all(map(fits, rotations)):
-                direct.append(View.of(index, output, self.tile, self.extents))
+                whole = all(need <= size for need, size in zip(needs_of(output.cast), self.tile, strict=True))
+                tile = self.tile if whole else self.tile[::-1]
+                (direct if whole else across).append(View.of(index, output, tile, self.extents))
                 continue
             # Signs that are drawn may differ from output to output.
             drawn = any(each is not None and each.signs is Signs.DRAWN for each in rotations)
@@ -106,6 +109,10 @@ class _Emitter:
         self.origin = emit_origin(self.kernel, self.tile, self.extents, self.fragments)
         if direct or written:
             self._add(self.origin, self.extents, direct, "", written)
+        if across:
+            tile = self.tile[1], self.tile[0]
+            source = emit_origin(self.kernel, tile, self.extents, self.fragments, "load_across")
+            self._add(source, self.extents, across, "_across", "", tile)
         for members in turned.values():
             self._make_turned(members)
 
@@ -125,15 +132,24 @@ class _Emitter:
         ]
         self._add(plain, turner.extents, views, f"_{first}", "")
 
-    def _add(self, source: Origin, extents: tuple[Extent, Extent], views: list[View], suffix: str, written: str) -> None:
+    def _add(
+        self,
+        source: Origin,
+        extents: tuple[Extent, Extent],
+        views: list[View],
+        suffix: str,
+        written: str,
+        tile: tuple[int, int] | None = None,
+    ) -> None:
         self.views += views
-        self.groups.append(Group(source, extents, self.tile, views, self.fragments, self.size_arguments, suffix, written))
+        tile = tile or self.tile
+        self.groups.append(Group(source, extents, tile, views, self.fragments, self.size_arguments, suffix, written))
 
     def _launches(self) -> list[_Launch]:
         found = [_Launch(each.function, each.grid, each.warps, 1) for turner in self.turners for each in turner.passes]
         for group in self.groups:
-            tiles = [extent.blocks(size).host for extent, size in zip(group.extents, self.tile, strict=True)]
-            found += [_Launch(kernel, " * ".join(tiles), self.schedule.warps, self.schedule.stages) for kernel in group.kernels]
+            found += [_Launch(each.function, "1", 4, 1) for each in group.signs]
+            found += [_Launch(kernel, grid, self.schedule.warps, self.schedule.stages) for kernel, grid in group.kernels]
         return found
 
     # ---- text ----------------------------------------------------------------------------------------------------
@@ -178,7 +194,13 @@ class _Emitter:
     @property
     def _between(self) -> list[_Tensor]:
         """What lies between kernels."""
-        return [_Tensor(name, dtype, dtype, shape) for turner in self.turners for name, dtype, shape in turner.scratch]
+        signs = [
+            _Tensor(each.name, torch.float32, torch.float32, (Extent.number(1), Extent.number(each.block)))
+            for group in self.groups
+            for each in group.signs
+        ]
+        scratch = [each for turner in self.turners for each in turner.scratch]
+        return [*signs, *(_Tensor(name, dtype, dtype, shape) for name, dtype, shape in scratch)]
 
     def _argument(self, name: str) -> Argument:
         for tensor in self.origin.tensors:

@@ -99,7 +99,6 @@ def checked_scale(scale, peak_bits):
     def power_of_two(self, rule: Rule, shift: int = 0) -> str:
         """A function from positive FP32 numbers to powers of two, from the bits."""
         name, adjust = {
-            Rule.UP: ("up", "exponent += ((bits & 0x7FFFFF) != 0).to(tl.int32)"),
             Rule.NEAREST: ("nearest", "exponent += ((bits & 0x7FFFFF) > 0x3504F3).to(tl.int32)"),
         }.get(Rule.NEAREST if rule is Rule.QUEST else rule, ("down", ""))
         lines = [
@@ -113,7 +112,7 @@ def checked_scale(scale, peak_bits):
         ]
         if not shift:
             lines[1] = lines[1].replace("(e - 0)", "e")
-        return self.add(f"power_of_two_{name}", "\n".join(lines))
+        return self.numbered(f"power_of_two_{name}", "\n".join(lines))
 
     def peak_scale(self, quant: Quant) -> str:
         """A function from the bits of amax to the block's scale, for one-level rules that know no more than amax."""
@@ -121,17 +120,31 @@ def checked_scale(scale, peak_bits):
         if quant.rule in (Rule.FLOOR, Rule.MATCHED):
             assert isinstance(quant.elem, Float)
             value = f"{self.power_of_two(quant.rule, quant.elem.emax)}(peak)"
+        elif quant.rule is Rule.UP:
+            value = f"{self._power_of_two_above(quant.target)}(peak_bits)"
         else:
             value = f"tl.div_rn(peak, {quant.target!r})"
             value = f"{self.power_of_two(quant.rule)}({value})" if quant.pow2 else value
-        zero = " * (peak > 0)" if quant.pow2 else ""
+        zero = " * (peak_bits > 0)" if quant.pow2 else ""
+        peak = "" if quant.rule is Rule.UP else "    peak = peak_bits.to(tl.float32, bitcast=True)\n"
         text = f'''
 def block_scale(peak_bits):
     """{_spell(quant)}: the scale of a block whose amax has these bits."""
-    peak = peak_bits.to(tl.float32, bitcast=True)
-    return checked_scale({value}{zero}, peak_bits)
+{peak}    return checked_scale({value}{zero}, peak_bits)
 '''
         return self.numbered("block_scale", text)
+
+    def _power_of_two_above(self, top: float) -> str:
+        """A function from the bits of amax to the power of two at or above amax / top, which needs no division."""
+        bits = int(_bits(top), 16)
+        text = f'''
+def power_of_two_above(peak_bits):
+    """The power of two at or above peak / {top!r}."""
+    # The quotient, rounded to FP32, is a power of two only where the mantissas are equal.
+    exponent = (peak_bits >> 23) - {(bits >> 23) - 127} + ((peak_bits & 0x7FFFFF) > {bits & 0x7FFFFF:#x}).to(tl.int32)
+    return (tl.minimum(tl.maximum(exponent, 1), 254) << 23).to(tl.float32, bitcast=True)
+'''
+        return self.numbered("power_of_two_above", text)
 
     def numbered(self, name: str, text: str) -> str:
         """Adds a fragment under `name`, or with a number where a different one has it already."""

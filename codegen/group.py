@@ -8,7 +8,8 @@ from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.origin import Origin
-from lpcompile.codegen.turn import emit_turn
+from lpcompile.codegen.source import next_power_of_two
+from lpcompile.codegen.turn import emit_signs, emit_turn
 from lpcompile.codegen.views import Blocks, View, origin
 from lpcompile.codegen.write import emit_write
 
@@ -29,6 +30,14 @@ class Peaks:
     def mirrored(self) -> bool:
         """True where they are found in the tile as it was read, for an output that is transposed."""
         return self.view.output.transposed and self.tile_name == "x"
+
+    @property
+    def walked(self) -> bool:
+        """True where blocks span the rows of the matrix that is read, down which a program walks."""
+        return self.block[1 if self.view.output.transposed and not self.mirrored else 0] == 0
+
+
+_PROGRAMS = 1000  # that keep a large device busy
 
 
 class Group:
@@ -55,7 +64,11 @@ class Group:
             if view.rotations != (None, None):
                 self.turns[view.index] = emit_turn(view, source.dtype, fragments)
         self.writes = [emit_write(view, fragments) for view in views]
-        self.kernels = [*([self._amax_kernel()] if self.distinct else []), self._cast_kernel()]
+        self.signs = [each for view in views for each in emit_signs(view, fragments)]
+        tiles = " * ".join(extent.blocks(size).host for extent, size in zip(extents, tile, strict=True))
+        self.kernels = [(self._cast_kernel(), tiles)]
+        if self.distinct:
+            self.kernels.insert(0, (self._amax_kernel(), self._amax_grid))
         for each in (source.function, *self.writes):
             each.take(*sizes)
 
@@ -74,7 +87,8 @@ class Group:
             self.source.function.text,
             *(text for text, _ in self.turns.values()),
             *(each.text for each in self.writes),
-            *(each.text for each in self.kernels),
+            *(each.function.text for each in self.signs),
+            *(kernel.text for kernel, _ in self.kernels),
         ]
 
     def _find_peaks(self) -> None:
@@ -110,9 +124,13 @@ class Group:
             f"row0 = program // {across} * {self.tile[0]}",
             f"col0 = program % {across} * {self.tile[1]}",
         )
-        tensors = [each.name for each in self.source.tensors if each.name in self.source.function.arguments]
-        function.add(f"x = {self.source.function.name}({', '.join(['row0', 'col0', *tensors, *self.sizes])})")
+        function.add(self._loaded)
         return function
+
+    @property
+    def _loaded(self) -> str:
+        tensors = [each.name for each in self.source.tensors if each.name in self.source.function.arguments]
+        return f"x = {self.source.function.name}({', '.join(['row0', 'col0', *tensors, *self.sizes])})"
 
     def _tile_of(self, view: View, name: str, function: Function, made: set[str]) -> None:
         """Adds what makes the tile called `name`, once."""
@@ -129,28 +147,64 @@ class Group:
         function.add(f"{name} = turn_{view.index}({', '.join([source, *arguments])})")
 
     def _amax_kernel(self) -> Function:
-        function = self._start("amax_kernel", "Raises the peaks (bits of amax, 0 before) that tiles share.")
-        function.take(self.peaks_name)
+        """A program walks down a strip of tiles: peaks of columns stay in registers."""
+        function = Function(f"amax_kernel{self.suffix}", "Raises the peaks (bits of amax, 0 before) that tiles share.")
+        height, width = self.tile
+        strips = self.extents[1].blocks(width).text
+        rows = self.extents[0].text
+        function.take(*(each.name for each in self.source.tensors), self.peaks_name)
+        function.add(
+            "program = tl.program_id(0)",
+            f"first = program // {strips} * {height * self._steps}",
+            f"col0 = program % {strips} * {width}",
+        )
+        kept = [peaks for peaks in self.distinct if peaks.walked]
+        shape = {peaks.tile_name: peaks.view.tile[:: -1 if peaks.mirrored else 1] for peaks in kept}
+        function.add(*(f"most_{name} = tl.zeros({tile}, tl.int32)" for name, tile in shape.items()))
+        function.add(f"for row0 in tl.range(first, tl.minimum(first + {height * self._steps}, {rows}), {height}):")
+        inner = Function("", "", arguments=function.arguments)
+        inner.add(self._loaded)
         made: set[str] = set()
         for peaks in self.distinct:
-            view = peaks.view
-            self._tile_of(view, peaks.tile_name, function, made)
-            flip = -1 if peaks.mirrored else 1
-            tile, extents = view.tile[::flip], view.extents[::flip]
-            blocks = Blocks.of(tile, peaks.block)
-            bits = blocks.apart(f"{self.fragments.magnitude_bits()}({peaks.tile_name})")
-            value = blocks.as_matrix(blocks.reduced(bits))
-            rows, cols = (
-                length != 0 and not extent.divides(size)
-                for length, extent, size in zip(peaks.block, extents, tile, strict=True)
-            )
-            place = ("col0", "row0") if view.output.transposed and not peaks.mirrored else ("row0", "col0")
-            row, col = origin(peaks.block, place)
-            sizes = [extent.blocks(length).text for extent, length in zip(extents, peaks.block, strict=True)]
-            raised = f"{self._pointer(peaks)}, {value}, {row}, {col}, {', '.join(sizes if rows else sizes[1:])}"
-            function.add(f"{self.fragments.raise_to(rows, cols)}({raised})")
+            self._tile_of(peaks.view, peaks.tile_name, inner, made)
+            if not peaks.walked:
+                inner.add(self._raise(peaks, f"{self.fragments.magnitude_bits()}({peaks.tile_name})"))
+        for name in shape:
+            inner.add(f"most_{name} = tl.maximum(most_{name}, {self.fragments.magnitude_bits()}({name}))")
+        function.add(*(f"    {line}" for line in inner.lines))
+        function.add(*(self._raise(peaks, f"most_{peaks.tile_name}") for peaks in kept))
         function.take(*self.sizes)
         return function
+
+    def _raise(self, peaks: Peaks, bits: str) -> str:
+        """A call that raises peaks to those of a tile of bits."""
+        view = peaks.view
+        flip = -1 if peaks.mirrored else 1
+        tile, extents = view.tile[::flip], view.extents[::flip]
+        blocks = Blocks.of(tile, peaks.block)
+        value = blocks.as_matrix(blocks.reduced(blocks.apart(bits)))
+        rows, cols = (
+            length != 0 and not extent.divides(size) for length, extent, size in zip(peaks.block, extents, tile, strict=True)
+        )
+        place = ("col0", "row0") if view.output.transposed and not peaks.mirrored else ("row0", "col0")
+        row, col = origin(peaks.block, place)
+        sizes = [extent.blocks(length).text for extent, length in zip(extents, peaks.block, strict=True)]
+        raised = f"{self._pointer(peaks)}, {value}, {row}, {col}, {', '.join(sizes if rows else sizes[1:])}"
+        return f"{self.fragments.raise_to(rows, cols)}({raised})"
+
+    @property
+    def _steps(self) -> int:
+        """Tiles that a program of `amax_kernel` walks down: many, while there are programs enough for a large device."""
+        tiles = 1
+        for extent, size in zip(self.extents, self.tile, strict=True):
+            tiles *= -(-(extent.known or 4096) // size)
+        return min(next_power_of_two(max(tiles // _PROGRAMS, 1)), 16)
+
+    @property
+    def _amax_grid(self) -> str:
+        """Programs of `amax_kernel`, as launchers write them."""
+        height, width = self.tile
+        return f"{self.extents[0].blocks(height * self._steps).host} * {self.extents[1].blocks(width).host}"
 
     def _cast_kernel(self) -> Function:
         doc = "Reads a tile and writes each output's." if self.views else "Writes a tile."

@@ -15,7 +15,7 @@ assert __name__ == "lpcompile.codegen.tiling", "import it as lpcompile.codegen, 
 _LARGEST = 1 << 15  # elements of a tile that registers hold
 
 
-def _needs(cast: Cast) -> tuple[int, int]:
+def needs_of(cast: Cast) -> tuple[int, int]:
     """The smallest tile that whole blocks, rotations and corrected groups of a cast fit in."""
     need = [max(length, 1) for length in cast.quant.block.along(cast.axis)]
     for axis, rotation in enumerate(cast.rotations):
@@ -33,24 +33,58 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
         casts.append(kernel.source)
     needs = [1, 1]
     for cast in casts:
-        need = list(_needs(cast)) if cast is not getattr(kernel, "source", None) else list(_source_needs(cast))
+        need = list(needs_of(cast)) if cast is not getattr(kernel, "source", None) else list(_source_needs(cast))
         needs = [max(a, b) for a, b in zip(needs, need, strict=True)]
+    if any(cast.quant.rule is Rule.EDEN for cast in casts) and min(needs) >= EDEN_GROUP:
+        # Both orientations in one tile do not fit into registers: the other one is made of tiles that lie across.
+        needs = [1, EDEN_GROUP]
     if any(need & (need - 1) for need in needs):
         raise KernelError(f"{kernel}: tiles have powers of two, blocks of {needs[0]} x {needs[1]} do not fit")
-    found = []
-    for rows, cols, warps in ((128, 128, 8), (64, 128, 4), (64, 64, 4)):
-        tile = max(rows, needs[0]), max(cols, needs[1])
-        # What one axis needs, the other gives up where it can.
-        while tile[0] * tile[1] > 1 << 14 and tile != tuple(needs):
-            tile = (tile[0] // 2, tile[1]) if tile[0] > needs[0] and tile[0] >= 32 else (tile[0], max(tile[1] // 2, needs[1]))
-            if min(tile) < 32:
-                break
+    outputs = () if isinstance(kernel, DecodeKernel) else kernel.outputs
+    heavy = any(_heavy(output.cast) for output in outputs)
+    elements = min((_elements(output.cast) for output in outputs), default=_ELEMENTS)
+    found: list[Schedule] = []
+    for rows, cols in _HEAVY_TILES if heavy else _TILES:
+        tile = _shrunk((max(rows, needs[0]), max(cols, needs[1])), (needs[0], needs[1]))
         if tile[0] * tile[1] > _LARGEST:
             raise KernelError(f"{kernel}: a tile of {tile[0]} x {tile[1]} does not fit into registers")
-        schedule = Schedule(tile, warps=16 if tile[0] * tile[1] > 1 << 14 else warps, stages=1)
+        warps = tile[0] * tile[1] // (32 * elements)
+        schedule = Schedule(tile, warps=min(max(warps, 4), 16), stages=1)
         if schedule not in found:
             found.append(schedule)
     return tuple(found)
+
+
+# Measured on an H200: 64 x 128 for rows and blocks of 32, 128 x 128 where blocks of 128 ask for it.
+_TILES = ((64, 128), (128, 128), (64, 64))
+_HEAVY_TILES = ((64, 64), (32, 128), (128, 128))
+_ELEMENTS = 64  # of a tile, that a thread holds
+
+
+def _elements(cast: Cast) -> int:
+    """Elements of a tile that a thread holds beside what else lives in registers: candidates, FP64, random words."""
+    if cast.quant.rule is Rule.FOUR_SIX:
+        return _ELEMENTS // 4
+    return _ELEMENTS // 2 if cast.quant.rule is Rule.EDEN or cast.quant.rounding.stochastic else _ELEMENTS
+
+
+def _heavy(cast: Cast) -> bool:
+    return _elements(cast) < _ELEMENTS
+
+
+def _shrunk(tile: tuple[int, int], needs: tuple[int, int]) -> tuple[int, int]:
+    """What one axis needs beyond the tile, the other gives up where it can."""
+    rows, cols = tile
+    while rows * cols > 1 << 14:
+        if rows > max(needs[0], 16) and rows >= cols:
+            rows //= 2
+        elif cols > max(needs[1], 32):
+            cols //= 2
+        elif rows > max(needs[0], 16):
+            rows //= 2
+        else:
+            break
+    return rows, cols
 
 
 def _source_needs(cast: Cast) -> tuple[int, int]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
 from lpcompile.codegen.fragments import Fragments
+from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import signs
 from lpcompile.codegen.views import View
 from lpcompile.errors import KernelError
@@ -14,7 +16,7 @@ from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.turn", "import it as lpcompile.codegen, not as codegen"
 
-_LARGEST = 256  # beyond that the matrix leaves no room for a tile
+_LARGEST = 128  # beyond that the matrix leaves no room for a tile
 
 
 def fits(rotation: Rotation | None) -> bool:
@@ -26,8 +28,10 @@ def emit_turn(view: View, dtype: torch.dtype, fragments: Fragments) -> tuple[str
     """(text, arguments after the tile) of `turn_<index>(x, ...)`: a view's tile turned along both axes, rounded to `dtype`."""
     if not all(map(fits, view.rotations)):
         raise KernelError(f"{view.output}: rotations of that size need a kernel of their own")
-    arguments = [f"spin_{axis}" for axis in (0, 1) if _drawn(view.output.cast.rotations[axis])]
+    rotations = view.output.cast.rotations
+    arguments = [f"spin_{axis}" for axis in (0, 1) if _drawn(rotations[axis]) and not _from_memory(rotations[axis])]
     arguments = (["seed"] if arguments else []) + arguments
+    arguments += [f"signs_{axis}" for axis in (0, 1) if _from_memory(rotations[axis])]
     lines: list[str] = []
     first = True
     # The order of the reference: along the columns of the matrix that is read, then along its rows.
@@ -46,6 +50,32 @@ def turn_{view.index}({", ".join(["x", *arguments])}):
     return text, arguments
 
 
+@dataclass(frozen=True)
+class DrawnSigns:
+    """A kernel that writes the signs of a rotation, for kernels that would otherwise draw them for each of their threads."""
+
+    name: str
+    block: int
+    function: Function
+
+
+def emit_signs(view: View, fragments: Fragments) -> list[DrawnSigns]:
+    """The kernels that must run before a view's tile is turned."""
+    found = []
+    for axis, rotation in enumerate(view.output.cast.rotations):
+        if rotation is not None and _from_memory(rotation):
+            name, spin = f"signs_{axis}_{view.index}", f"spin_{axis}_{view.index}"
+            function = Function(f"signs_kernel_{axis}_{view.index}", f"The signs of {rotation}.", (), [name, "seed", spin])
+            drawn = signs(fragments, rotation, "seed", spin, rotation.block)
+            function.add(f"tl.store({name} + tl.arange(0, {rotation.block}), {drawn})")
+            found.append(DrawnSigns(name, rotation.block, function))
+    return found
+
+
+def _from_memory(rotation: Rotation | None) -> bool:
+    return rotation is not None and _drawn(rotation) and rotation.block >= 64
+
+
 def _drawn(rotation: Rotation | None) -> bool:
     return rotation is not None and rotation.signs is Signs.DRAWN
 
@@ -58,7 +88,9 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
     if tile[1] % size:
         raise KernelError(f"{view.output}: a tile of {tile[1]} has no whole blocks of {size} to turn")
     matrix = f"{matrix_fragment(fragments)}({block}, {size})"
-    if rotation.signs is not Signs.NONE:
+    if _from_memory(rotation):
+        matrix += f" * tl.load(signs_{axis} + tl.arange(0, {size}))[:, None]"
+    elif rotation.signs is not Signs.NONE:
         matrix += f" * {signs(fragments, rotation, 'seed', f'spin_{axis}', size)}[:, None]"
     flat = (tile[0] * tile[1] // size, size)
     product = product_fragment(dtype, fragments)

@@ -201,6 +201,15 @@ def test_the_kernels_of_a_layer():
     assert layer_kernels("none", "sm_90", (512, 256, 128)) == []
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("recipe", ["deepseek", "mxfp8", "halo2-int8", "nvfp4", "quartet2"])
+def test_all_kernels_of_a_layer_are_generated(recipe: str, target: str):
+    found = layer_kernels(recipe, target, (512, 256, 384))
+    assert {role for each in found for role in each.roles} == {"fprop", "dgrad", "wgrad"}
+    for each in found:
+        assert emit(each.kernel, Sizes.of(*each.sizes), find_target(target)).entries
+
+
 def test_emit_prints_source_and_resources(capsys):
     options = ["emit", "--recipe", "fp8-rowwise", "--target", "sm_90", "--shape", "512x256x256", "--role", "fprop"]
     assert main(options) == 0
