@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lpcompile.backend import lowprec
 from lpcompile.codegen import launch
 from lpcompile.codegen.example import Example, example, mismatch
 from lpcompile.layer import layer_kernels
@@ -102,7 +103,7 @@ def step(recipe: str, tokens: int, features: int) -> None:
     """One process: a compiled layer's step, as JSON."""
     torch.manual_seed(0)
     layer = torch.nn.Linear(features, features, bias=False, device="cuda", dtype=torch.bfloat16)
-    compiled = torch.compile(layer, backend="lowprec", options={"recipe": recipe, "always": True})
+    compiled = torch.compile(layer, backend=lowprec, options={"recipe": recipe, "always": True})
     x = torch.randn(tokens, features, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn(tokens, features, device="cuda", dtype=torch.bfloat16)
 

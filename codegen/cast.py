@@ -24,6 +24,7 @@ from lpcompile.codegen.turn import fits
 from lpcompile.codegen.views import View, stored
 from lpcompile.codegen.write import POINTERS_TO
 from lpcompile.errors import KernelError
+from lpcompile.formats import Rounding
 from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
 from lpcompile.recipe import Cast, Signs
 from lpcompile.target import Target
@@ -98,6 +99,9 @@ class _Emitter:
         for index, output in enumerate(outputs):
             rotations = output.cast.rotations
             if all(map(fits, rotations)):
+                if self.schedule.step:
+                    direct.append(View.of(index, output, self._part(output.transposed), self._reached))
+                    continue
                 whole = all(need <= size for need, size in zip(needs_of(output.cast), self.tile, strict=True))
                 tile = self.tile if whole else self.tile[::-1]
                 (direct if whole else across).append(View.of(index, output, tile, self.extents))
@@ -106,8 +110,11 @@ class _Emitter:
             drawn = any(each is not None and each.signs is Signs.DRAWN for each in rotations)
             turned.setdefault((rotations, index if drawn else None), []).append((index, output))
         written = "values" if isinstance(self.kernel, DecodeKernel) else "kept" if self.keeps else ""
-        self.origin = emit_origin(self.kernel, self.tile, self.extents, self.fragments)
-        if direct or written:
+        tile = self._part(False) if self.schedule.step else self.tile
+        self.origin = emit_origin(self.kernel, tile, self._reached, self.fragments)
+        if self.schedule.step:
+            self.groups.append(self._in_parts(direct, written))
+        elif direct or written:
             self._add(self.origin, self.extents, direct, "", written)
         if across:
             tile = self.tile[1], self.tile[0]
@@ -115,6 +122,27 @@ class _Emitter:
             self._add(source, self.extents, across, "_across", "", tile)
         for members in turned.values():
             self._make_turned(members)
+
+    def _part(self, transposed: bool) -> tuple[int, int]:
+        """What a program quantises at a time of its tile."""
+        rows, cols = self.tile
+        return (rows, self.schedule.step) if transposed else (self.schedule.step, cols)
+
+    @property
+    def _reached(self) -> tuple[Extent, Extent]:
+        """The sizes for loads and stores: of a tile that is made in parts, one may lie beyond the end although it divides."""
+        rows, cols = (
+            extent.overrun(self.schedule.step > 0 and not extent.divides(size))
+            for extent, size in zip(self.extents, self.tile, strict=True)
+        )
+        return rows, cols
+
+    def _in_parts(self, views: list[View], written: str) -> Group:
+        """Outputs of both orientations, each made of its own parts of a tile, which come from the cache the second time."""
+        across = emit_origin(self.kernel, self._part(True), self._reached, self.fragments, "load_across")
+        self.views += views
+        sizes, step = self.size_arguments, self.schedule.step
+        return Group(self.origin, self._reached, self.tile, views, self.fragments, sizes, "", written, (across, step))
 
     def _make_turned(self, members: list[tuple[int, Output]]) -> None:
         first, output = members[0]
@@ -187,7 +215,9 @@ class _Emitter:
         for view in self.views:
             for part in view.output.parts:
                 dtype, shape, zeros = _part(part, view)
-                native = self.fragments.native(view.quant.elem) if part == "codes" else self.fragments.converts_fp8
+                native = self.fragments.converts_fp8
+                if part == "codes":
+                    native = self.fragments.native(view.quant.elem) and view.quant.rounding is Rounding.RTNE
                 found.append(_Tensor(f"{POINTERS_TO[part]}_{view.index}", stored(dtype, native), dtype, shape, zeros))
         return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 
@@ -18,6 +18,7 @@ class Extent:
     text: str
     known: int | None
     divisors: sympy.Expr  # equal to the size as far as divisibility goes
+    beyond: bool = False  # tiles may reach beyond it although they divide it
 
     @staticmethod
     def of(sizes: Sizes, axis: int) -> Extent:
@@ -34,21 +35,24 @@ class Extent:
         return str(self.known) if self.known is not None else self.text
 
     def divides(self, block: int) -> bool:
-        """True where `block` provably divides the size."""
+        """True where tiles of `block` provably fill the size and end with it."""
+        return not self.beyond and self._multiple(block)
+
+    def _multiple(self, block: int) -> bool:
         return bool(sympy.Mod(self.divisors, block) == 0)
 
     def overrun(self, yes: bool) -> Extent:
         """The same size, where tiles may reach beyond it although they divide it."""
-        return Extent(self.text, self.known, sympy.Symbol("size", integer=True)) if yes else self
+        return replace(self, beyond=self.beyond or yes)
 
     def padded(self, block: int) -> Extent:
         """Rounded up to whole blocks."""
-        if self.divides(block):
+        if self._multiple(block):
             return self
         if self.known is not None:
-            return Extent.number(-(-self.known // block) * block)
+            return Extent.number(-(-self.known // block) * block).overrun(self.beyond)
         text = f"({self.text} + {block - 1}) // {block} * {block}"
-        return Extent(f"({text})", None, block * sympy.Symbol("blocks", integer=True))
+        return Extent(f"({text})", None, block * sympy.Symbol("blocks", integer=True), self.beyond)
 
     def blocks(self, block: int) -> Extent:
         """The number of blocks, the last perhaps a part (0: the whole axis is one)."""
@@ -58,6 +62,6 @@ class Extent:
             return self
         if self.known is not None:
             return Extent.number(-(-self.known // block))
-        if self.divides(block):
+        if self._multiple(block):
             return Extent(f"({self.text} // {block})", None, sympy.cancel(self.divisors / block))
         return Extent(f"(({self.text} + {block - 1}) // {block})", None, sympy.Symbol("blocks", integer=True))

@@ -203,16 +203,9 @@ def to_bf16(x):
     def divide(self) -> str:
         """A function (x, scale) -> x / scale, correctly rounded; scale broadcasts to x."""
         if self.interpreted:
-            return self.add(
-                "divide",
-                '''
-def divide(x, scale):
-    """x / scale, correctly rounded."""
-    return tl.div_rn(x, scale)
-''',
-            )
+            return self.add("divide", 'def divide(x, scale):\n    """x / scale."""\n    return tl.div_rn(x, scale)')
         self.inverse_power_of_two()
-        # A true division costs a dozen instructions an element, this five: a scale serves many.
+        # A true division costs a dozen instructions an element, this four: a scale serves many.
         return self.add(
             "divide",
             '''
@@ -222,13 +215,13 @@ def divide(x, scale):
     unit = tl.maximum(scale.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
     per_unit = inverse_power_of_two(unit)
     scale = scale * per_unit
-    reciprocal = tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    near = x * per_unit
-    quotient = near * reciprocal
-    quotient = tl.fma(tl.fma(-scale, quotient, near), reciprocal, quotient)
-    # The remainder of -0 is +0: its sign comes back.
-    sign = x.to(tl.int32, bitcast=True) & -0x80000000
-    return (quotient.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    x = x * per_unit
+    # One Newton step rounds the hardware's estimate correctly: true of each of the 2^23 mantissas.
+    near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [scale], tl.float32, True, 1)
+    reciprocal = tl.fma(tl.fma(-scale, near, 1.0), near, near)
+    quotient = x * reciprocal
+    # The remainder is taken negative: that of -0 leaves its sign alone.
+    return tl.fma(tl.fma(scale, quotient, -x), -reciprocal, quotient)
 ''',
         )
 
@@ -288,12 +281,11 @@ def encode_{elem}(scaled):
     def _encode_int(self, elem: Int, rounding: Rounding) -> str:
         storage = "int8" if elem.bits <= 8 else "int16"
         if rounding is Rounding.RTNE:
-            self.clamp()
             text = f'''
 def encode_{elem}(scaled):
     """{elem} codes, rounded to nearest even."""
     # Adding 1.5 * 2^23 leaves the rounded integer in the lowest bits.
-    shifted = saturate(scaled, {elem.min!r}, {elem.max!r}) + 12582912.0
+    shifted = tl.minimum(tl.maximum(scaled, {elem.min!r}), {elem.max!r}) + 12582912.0
     return shifted.to(tl.int32, bitcast=True).to(tl.{storage})
 '''
             return self.add(f"encode_{elem}", text)
@@ -322,18 +314,28 @@ def whole_units(magnitude{argument}):
 
     def _encode_float(self, elem: Float, rounding: Rounding) -> str:
         """Codes by integer arithmetic: units of the binade's step, added to the code of the binade."""
-        low = elem.emin + 127
-        sign = f"((bits >> {31 - elem.exp - elem.man}) & {1 << (elem.exp + elem.man)})"
+        low, bits = elem.emin + 127, elem.exp + elem.man
+        nearest = rounding is Rounding.RTNE
+        source = "scaled.to(tl.int32, bitcast=True)" if nearest else "bits"
+        sign = f"(({source} >> {31 - bits}) & {1 << bits})"
         signed = f"tl.where(code == 0, 0, {sign})" if elem.special is Special.FNUZ else sign
         storage = "uint8" if elem.bits <= 8 else "int16"
-        code = f"(code | {signed}).to(tl.{storage})" + (".to(tl.float16, bitcast=True)" if elem == F16 else "")
+        made = f"(code | {signed}).to(tl.{storage})" + (".to(tl.float16, bitcast=True)" if elem == F16 else "")
         name, argument, lines = self._in_steps("encode", elem, rounding)
+        code = [f"    code = ((exponent - {low}) << {elem.man}) + units"]
+        if nearest:
+            code = [
+                "    # The exponent, moved beside the steps, is the code of the binade.",
+                "    shifted = shifted.to(tl.int32, bitcast=True)",
+                f"    code = (shifted >> {23 - elem.man}) + shifted - {(low + 23 - elem.man) << elem.man}",
+                f"    code = code & {(1 << bits) - 1}",
+            ]
         text = f'''
 def {name}(scaled{argument}):
     """{elem} codes, {_ROUNDED[rounding]}, saturating."""
 {lines}
-    code = ((exponent - {low}) << {elem.man}) + units
-    return {code}
+{chr(10).join(code)}
+    return {made}
 '''
         return self.add(name, text)
 
@@ -355,38 +357,45 @@ def grid_{elem}(scaled):
 '''
             return self.add(f"grid_{elem}", text)
         name, argument, lines = self._in_steps("grid", elem, rounding)
-        step = f"((exponent - {elem.man}) << 23).to(tl.float32, bitcast=True)"
+        value = f"units.to(tl.float32) * ((exponent - {elem.man}) << 23).to(tl.float32, bitcast=True)"
+        if rounding is Rounding.RTNE:
+            value = f"tl.fma(binade, {-(2.0 ** (23 - elem.man))!r}, shifted)"
         # NaN has to stay NaN here: block scales go through this too.
         text = f'''
 def {name}(scaled{argument}):
     """Values of {elem}, {_ROUNDED[rounding]}, saturating."""
 {lines}
-    value = units.to(tl.float32) * {step}
-    value = (value.to(tl.int32, bitcast=True) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    value = {value}
+    sign = scaled.to(tl.int32, bitcast=True) & -0x80000000
+    value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     return tl.where(scaled == scaled, value, scaled)
 '''
         return self.add(name, text)
 
     def _in_steps(self, verb: str, elem: Float, rounding: Rounding) -> tuple[str, str, str]:
-        """(name, further argument, lines that find `bits`, `exponent` and `units`) of a function of scaled values."""
+        """(name, further argument, lines) of a function of scaled values.
+
+        The lines find, where rounding is to nearest, `shifted`: the value above 2^23 steps of its `binade`; else `bits`,
+        `exponent` and `units`.
+        """
         low = elem.emin + 127
         if low <= elem.man or elem.emax + 127 + 23 - elem.man > 254:
             raise KernelError(f"{elem}: codes near the ends of FP32's range are not generated")
         argument, _ = _units(rounding)
-        lines = [
-            "    bits = scaled.to(tl.int32, bitcast=True)",
-            f"    magnitude = tl.minimum(bits & 0x7FFFFFFF, {_bits(elem.max)})",
-            f"    exponent = tl.maximum(magnitude >> 23, {low})",
-        ]
+        top = f"tl.minimum(tl.abs(scaled), {elem.max!r})"
         if rounding is Rounding.RTNE:
-            lines += [
+            lines = [
+                f"    magnitude = {top}",
+                f"    binade = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, {low << 23:#x})",
+                "    binade = binade.to(tl.float32, bitcast=True)",
                 "    # Adding 2^23 steps leaves the number of steps, rounded to nearest even, in the mantissa.",
-                f"    magic = (exponent + {23 - elem.man}) << 23",
-                "    shifted = magnitude.to(tl.float32, bitcast=True) + magic.to(tl.float32, bitcast=True)",
-                "    units = shifted.to(tl.int32, bitcast=True) - magic",
+                f"    shifted = tl.fma(binade, {2.0 ** (23 - elem.man)!r}, magnitude)",
             ]
         else:
-            lines += [
+            lines = [
+                "    bits = scaled.to(tl.int32, bitcast=True)",
+                f"    magnitude = tl.minimum(bits & 0x7FFFFFFF, {_bits(elem.max)})",
+                f"    exponent = tl.maximum(magnitude >> 23, {low})",
                 f"    per_step = (({254 + elem.man} - exponent) << 23).to(tl.float32, bitcast=True)",
                 f"    units = {self._whole_units(rounding)}(magnitude.to(tl.float32, bitcast=True) * per_step{argument})",
             ]

@@ -20,6 +20,7 @@ from lpcompile.codegen import gemm_after as after
 from lpcompile.codegen import gemm_row
 from lpcompile.codegen.gemm_plan import Plan
 from lpcompile.codegen.source import POINTERS, Argument, Entry, next_power_of_two
+from lpcompile.codegen.turn import UPPER
 from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.gemm_turn", "import it as lpcompile.codegen, not as codegen"
@@ -131,6 +132,8 @@ def functions(plan: Plan) -> Lines:
     for order in bases(plan):
         lines += _constant(order)
     reads = [factor.reads for factor in factors(plan)] + ([row.dtype] if row is not None else [])
+    if torch.float32 in reads or row is not None:
+        lines += ["@triton.jit", *UPPER.strip("\n").splitlines(), "", ""]
     for dtype in dict.fromkeys(reads):
         lines += _product(dtype)
     for factor in factors(plan):
@@ -143,10 +146,10 @@ def _product(dtype: torch.dtype) -> Lines:
     if dtype == torch.float32:
         body = [
             "# Three BF16 numbers hold an FP32 one exactly.",
-            "high = x.to(tl.bfloat16)",
+            "high = upper(x)",
             "rest = x - high.to(tl.float32)",
-            "middle = rest.to(tl.bfloat16)",
-            "low = (rest - middle.to(tl.float32)).to(tl.bfloat16)",
+            "middle = upper(rest)",
+            "low = upper(rest - middle.to(tl.float32))",
             "signs = signs.to(tl.bfloat16)",
             "return tl.dot(signs, high, tl.dot(signs, middle, tl.dot(signs, low)))",
         ]
@@ -244,7 +247,14 @@ def _constant(order: int) -> Lines:
         f"def base_{order}(device):",
         f'    """Hadamard\'s matrix of order {order} as int8."""',
         f"    signs = [[1 - 2 * (row >> j & 1) for j in range({order})] for row in BASE_{order}]",
-        "    return torch.tensor(signs, dtype=torch.int8, device=device)",
+        "    made = torch.tensor(signs, dtype=torch.int8)",
+        '    if device.type != "cuda":',
+        "        return made.to(device)",
+        "    # It outlives the call: on a stream of its own it is not made in the memory of a CUDA graph that warms up.",
+        "    with torch.cuda.stream(torch.cuda.Stream(device)):",
+        "        made = made.to(device)",
+        "        torch.cuda.current_stream(device).synchronize()",
+        "    return made",
         "",
         "",
     ]

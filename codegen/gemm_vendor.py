@@ -129,8 +129,8 @@ def _scaled_mm(plan: Plan) -> list[str]:
 def _blockwise(plan: Plan) -> list[str]:
     return [
         "recipe = torch.nn.functional.ScalingType.BlockWise1x128",
-        "# The library reads scales along the outer axis.",
-        "a_scale, b_scale = a_scale.T.contiguous().T, b_scale.T.contiguous().T",
+        "# The library reads scales along the outer axis; a clone, because one row would count as contiguous as it is.",
+        "a_scale, b_scale = (s.T.clone(memory_format=torch.contiguous_format).T for s in (a_scale, b_scale))",
         "multiply = torch.nn.functional.scaled_mm",
         f"return [multiply(a, b.T, a_scale, recipe, b_scale, recipe, output_dtype={plan.kernel.out})]",
     ]

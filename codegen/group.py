@@ -41,7 +41,10 @@ _PROGRAMS = 1000  # that keep a large device busy
 
 
 class Group:
-    """Outputs made of one matrix. suffix: of the kernels' names. written: a name for the tile itself, if it is stored."""
+    """Outputs made of one matrix. suffix: of the kernels' names. written: a name for the tile itself, if it is stored.
+
+    parts: (what transposed outputs are made of, how much of a tile is quantised at a time); `source` is for the others then.
+    """
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class Group:
         sizes: list[str],
         suffix: str = "",
         written: str = "",
+        parts: tuple[Origin, int] | None = None,
     ) -> None:
         self.source, self.extents, self.tile, self.views = source, extents, tile, views
         self.fragments, self.sizes, self.suffix, self.written = fragments, sizes, suffix, written
@@ -66,10 +70,11 @@ class Group:
         self.writes = [emit_write(view, fragments) for view in views]
         self.signs = [each for view in views for each in emit_signs(view, fragments)]
         tiles = " * ".join(extent.blocks(size).host for extent, size in zip(extents, tile, strict=True))
-        self.kernels = [(self._cast_kernel(), tiles)]
+        self.parts = parts
+        self.kernels = [(self._cast_kernel() if parts is None else self._cast_kernel_in_parts(*parts), tiles)]
         if self.distinct:
             self.kernels.insert(0, (self._amax_kernel(), self._amax_grid))
-        for each in (source.function, *self.writes):
+        for each in (source.function, *([parts[0].function] if parts else []), *self.writes):
             each.take(*sizes)
 
     @property
@@ -85,6 +90,7 @@ class Group:
     def texts(self) -> list[str]:
         return [
             self.source.function.text,
+            *([self.parts[0].function.text] if self.parts else []),
             *(text for text, _ in self.turns.values()),
             *(each.text for each in self.writes),
             *(each.function.text for each in self.signs),
@@ -115,7 +121,7 @@ class Group:
         return f"{self.peaks_name} + {peaks.offset}" if peaks.offset else self.peaks_name
 
     def _start(self, name: str, doc: str) -> Function:
-        """A kernel up to the tile as it was read."""
+        """A kernel up to the place of its tile."""
         function = Function(f"{name}{self.suffix}", doc)
         across = self.extents[1].blocks(self.tile[1]).text
         function.take(*(each.name for each in self.source.tensors))
@@ -124,13 +130,11 @@ class Group:
             f"row0 = program // {across} * {self.tile[0]}",
             f"col0 = program % {across} * {self.tile[1]}",
         )
-        function.add(self._loaded)
         return function
 
-    @property
-    def _loaded(self) -> str:
-        tensors = [each.name for each in self.source.tensors if each.name in self.source.function.arguments]
-        return f"x = {self.source.function.name}({', '.join(['row0', 'col0', *tensors, *self.sizes])})"
+    def _loaded(self, source: Origin, place: str = "row0, col0") -> str:
+        tensors = [each.name for each in source.tensors if each.name in source.function.arguments]
+        return f"x = {source.function.name}({', '.join([place, *tensors, *self.sizes])})"
 
     def _tile_of(self, view: View, name: str, function: Function, made: set[str]) -> None:
         """Adds what makes the tile called `name`, once."""
@@ -163,7 +167,7 @@ class Group:
         function.add(*(f"most_{name} = tl.zeros({tile}, tl.int32)" for name, tile in shape.items()))
         function.add(f"for row0 in tl.range(first, tl.minimum(first + {height * self._steps}, {rows}), {height}):")
         inner = Function("", "", arguments=function.arguments)
-        inner.add(self._loaded)
+        inner.add(self._loaded(self.source))
         made: set[str] = set()
         for peaks in self.distinct:
             self._tile_of(peaks.view, peaks.tile_name, inner, made)
@@ -209,21 +213,44 @@ class Group:
     def _cast_kernel(self) -> Function:
         doc = "Reads a tile and writes each output's." if self.views else "Writes a tile."
         function = self._start("cast_kernel", doc)
+        function.add(self._loaded(self.source))
         if self.distinct:
             function.take(self.peaks_name)
-        if self.written:
-            rows, cols = (not extent.divides(size) for extent, size in zip(self.extents, self.tile, strict=True))
-            sizes = ", ".join(each.text for each in (self.extents if rows else self.extents[1:]))
-            function.add(f"{self.fragments.store(rows, cols)}({function.take(self.written)}, x, row0, col0, {sizes})")
-        made: set[str] = set()
-        for view, write in zip(self.views, self.writes, strict=True):
-            self._tile_of(view, view.tile_name, function, made)
-            place = "col0, row0" if view.output.transposed else "row0, col0"
-            passed = [self._passed(each, view) for each in write.arguments]
-            function.take(*(each.partition(" ")[0] for each in passed))
-            function.add(f"{write.name}({', '.join([view.tile_name, place, *passed, *self.sizes])})")
+        self._write(function, self.views, self.tile, ("row0", "col0"), self.written)
         function.take(*self.sizes)
         return function
+
+    def _cast_kernel_in_parts(self, across: Origin, step: int) -> Function:
+        function = self._start("cast_kernel", "Reads a tile in parts, once for each orientation, and writes each output's.")
+        for transposed, source in ((False, self.source), (True, across)):
+            name, start, length = ("col", "col0", self.tile[1]) if transposed else ("row", "row0", self.tile[0])
+            place = ("row0", name) if transposed else (name, "col0")
+            function.add(f"for {name} in tl.range({start}, {start} + {length}, {step}):")
+            inner = Function("", "", arguments=function.arguments)
+            inner.add(self._loaded(source, ", ".join(place)))
+            views = [view for view in self.views if view.output.transposed is transposed]
+            self._write(inner, views, (step, self.tile[1]), place, "" if transposed else self.written)
+            function.add(*(f"    {line}" for line in inner.lines))
+        function.take(*self.sizes)
+        return function
+
+    def _write(
+        self, function: Function, views: list[View], tile: tuple[int, int], place: tuple[str, str], written: str
+    ) -> None:
+        """Adds what stores the outputs of `x`, the tile at `place`."""
+        row, col = place
+        if written:
+            rows, cols = (not extent.divides(size) for extent, size in zip(self.extents, tile, strict=True))
+            sizes = ", ".join(each.text for each in (self.extents if rows else self.extents[1:]))
+            function.add(f"{self.fragments.store(rows, cols)}({function.take(written)}, x, {row}, {col}, {sizes})")
+        made: set[str] = set()
+        for view in views:
+            write = self.writes[self.views.index(view)]
+            self._tile_of(view, view.tile_name, function, made)
+            at = f"{col}, {row}" if view.output.transposed else f"{row}, {col}"
+            passed = [self._passed(each, view) for each in write.arguments]
+            function.take(*(each.partition(" ")[0] for each in passed))
+            function.add(f"{write.name}({', '.join([view.tile_name, at, *passed, *self.sizes])})")
 
     def _passed(self, name: str, view: View) -> str:
         """How a kernel calls what a function of a view takes."""

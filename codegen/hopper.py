@@ -10,9 +10,13 @@ Triton's own lower level: it names warps, barriers and layouts, which Triton's p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from lpcompile.codegen import gemm_body as body
+from lpcompile.codegen import gemm_follow as follow
+from lpcompile.codegen import gemm_turn
 from lpcompile.codegen.gemm_main import main_lines
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan, choose
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Schedule, Sizes, Source, header
@@ -51,9 +55,9 @@ def hopper_schedules(kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[
 
 def _shape(kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[tuple[int, int, int], int]:
     """(tile, consumers). Raises KernelError where the operands or what follows the product are not for this kernel."""
-    if kernel.mask or kernel.then is not None or kernel.undo != (None, None):
-        raise KernelError(f"{kernel}: what follows the product is written in Triton")
-    plan = _plan(kernel, sizes, target, Schedule((128, 128, 128), tma=True))
+    if kernel.then is not None and not _followed(kernel):
+        raise KernelError(f"{kernel}: pointwise work alone follows at the end of a kernel in Triton")
+    plan = _plan(_product(kernel), sizes, target, Schedule((128, 128, 128), tma=True))
     if plan.instruction is Instruction.SCALED or not plan.stored or not all(plan.described(o) for o in plan.operands):
         raise KernelError(f"{kernel}: rows of {sizes.values} are no multiples of 16 bytes, as TMA needs them")
     if plan.a.dtype.itemsize != plan.b.dtype.itemsize or plan.a.dtype.itemsize > 2:
@@ -69,6 +73,16 @@ def _shape(kernel: GemmKernel, sizes: Sizes, target: Target) -> tuple[tuple[int,
     if plan.instruction is not Instruction.FP8 or rows["a"] != (128, 1) or rows["b"] not in ((128, 128), (128, 1)):
         raise KernelError(f"{kernel}: groups of 1x128 with 128x128 or 1x128")
     return ((192, 128, step), 3) if rows["b"][1] == 128 else ((128, 128, step), 2)
+
+
+def _followed(kernel: GemmKernel) -> bool:
+    """True where the product goes through memory before it is masked and turned: within its kernel that costs more."""
+    return kernel.mask or kernel.undo != (None, None)
+
+
+def _product(kernel: GemmKernel) -> GemmKernel:
+    """The product alone, without what follows it."""
+    return replace(kernel, mask=False, mask_transposed=False, undo=(None, None), then=None)
 
 
 def _stages(kernel: GemmKernel, tile: tuple[int, int, int]) -> int:
@@ -94,15 +108,16 @@ def _dtype(kernel: GemmKernel, left: bool) -> torch.dtype:
 def emit_hopper(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
     """The module for a product under a schedule of `hopper_schedules`. Raises KernelError for one that it does not offer."""
     _shape(kernel, sizes, target)
-    writer = _Writer(_plan(kernel, sizes, target, schedule))
-    return Source(kernel, sizes, target, schedule, writer.text(), (writer.entry(),))
+    after = _plan(kernel, sizes, target, Schedule((*follow.TILE, schedule.tile[2]))) if _followed(kernel) else None
+    writer = _Writer(kernel, _plan(_product(kernel), sizes, target, schedule), after)
+    return Source(kernel, sizes, target, schedule, writer.text(), (writer.entry(), *(follow.entries(after) if after else ())))
 
 
 class _Writer:
-    """The text of one module."""
+    """The text of one module. plan: of the product; after: of what follows it, if it goes through memory."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, kernel: GemmKernel, plan: Plan, after: Plan | None) -> None:
+        self.kernel, self.plan, self.after = kernel, plan, after
         self.consumers = plan.tile[0] // 64
         self.halves = plan.tile[1] // 128
         self.group = plan.group
@@ -147,9 +162,11 @@ class _Writer:
     def text(self) -> str:
         plan = self.plan
         lines = [
-            header(plan.kernel, plan.sizes, plan.target, plan.schedule),
+            header(self.kernel, plan.sizes, plan.target, plan.schedule),
+            *(["import functools"] if self.after and self.after.in_memory and gemm_turn.bases(self.after) else []),
             *_IMPORTS,
-            f"KERNEL = {str(plan.kernel)!r}",
+            *(["import triton.language as tl"] if self.after else []),
+            f"KERNEL = {str(self.kernel)!r}",
             *(f"BLOCK_{axis} = gl.constexpr({size})" for axis, size in zip("MNK", plan.tile, strict=True)),
             f"GROUP = gl.constexpr({plan.schedule.group})",
             f"CONSUMERS = gl.constexpr({self.consumers})  # of 64 rows each",
@@ -162,6 +179,7 @@ class _Writer:
             *self.producer(),
             *(self.promoting() if self.group else self.summing()),
             *self.gemm(),
+            *(["", "", *follow.functions(self.after)] if self.after else []),
             *self.launch(),
             *self.main(),
         ]
@@ -348,8 +366,11 @@ class _Writer:
         ]
 
     def launch(self) -> list[str]:
-        plan = self.plan
+        plan, after = self.plan, self.after
         names = [name for o in plan.operands for name in o.names] + (["bias"] if plan.kernel.bias else [])
+        names += ["mask"] if self.kernel.mask else []
+        names += [f"x{index}" for index, _ in enumerate(self.kernel.then.inputs, 1)] if self.kernel.then is not None else []
+        result = "out" if after is None else "product"
 
         def shape(o: Operand) -> str:
             size = "MN"[o.outer]
@@ -357,7 +378,7 @@ class _Writer:
 
         descriptors = [
             *(f"TensorDescriptor.from_tensor({o.name}, {list(self.box(o))}, {o.name.upper()}_LAYOUT)" for o in plan.operands),
-            "TensorDescriptor.from_tensor(out, [64, 128], OUT_LAYOUT)",
+            f"TensorDescriptor.from_tensor({result}, [64, 128], OUT_LAYOUT)",
         ]
         if self.vector:
             descriptors.append("TensorDescriptor.from_tensor(b_scale.mT.reshape(-1).view(-1, N), [1, 128], SCALE_LAYOUT)")
@@ -365,7 +386,8 @@ class _Writer:
             f"{', '.join(names)} = map(ready, inputs)",
             shape(plan.a),
             shape(plan.b),
-            f"out = torch.empty((M, N), dtype={plan.kernel.out}, device=a.device)",
+            *(["R, C = sizes"] if after is not None and (after.cropped or after.in_memory) else []),
+            f"{result} = torch.empty((M, N), dtype={plan.kernel.out}, device=a.device)",
             "tiles = triton.cdiv(M, BLOCK_M.value) * triton.cdiv(N, BLOCK_N.value)",
             "programs = min(tiles, torch.cuda.get_device_properties(a.device).multi_processor_count)",
             "gemm[(programs,)](",
@@ -373,12 +395,13 @@ class _Writer:
             "    num_warps=4,",
             "    enable_fp_fusion=False,",
             ")",
+            *(follow.calls(after) if after is not None else []),
             "return [out]",
         ]
         return ["", "", *body.READY, "", *body.LAUNCH_HEAD, *body.indented(lines)]
 
     def main(self) -> list[str]:
-        return ["", *main_lines(self.plan)]
+        return ["", *main_lines(self.after or self.plan)]
 
     # ---- what is compiled ----------------------------------------------------------------------------------------
 

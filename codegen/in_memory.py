@@ -29,6 +29,7 @@ assert __name__ == "lpcompile.codegen.in_memory", "import it as lpcompile.codege
 _ROW_TILE = 4096  # elements that one program turns at least
 _LARGEST_ROW = 1 << 15
 _COLUMN_TILE = 8192
+_WIDE = 128  # the largest order of a factor
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def factors(block: int) -> tuple[Factor, ...]:
         return (Factor(block, 1, True),)
     if k > 1 and power < 16:
         raise KernelError(f"a rotation of {block} = {k} x {power} is not generated")
+    if power >= _WIDE and k > 1 and block <= _WIDE**2:
+        # Two products, as few as can be: what lies between two is FP32, which costs three.
+        return (Factor(_WIDE, 1, False), Factor(block // _WIDE, _WIDE, True))
     left = power.bit_length() - 1
     split = []
     stride = 1
@@ -275,4 +279,11 @@ BASE_MATRIX = '''@functools.cache
 def base_matrix(order, size, device):
     """A Hadamard matrix of +-1 as kernels multiply with it, padded with 0 to [size, size]."""
     signs = torch.sign(rotation_matrix(order))
-    return torch.nn.functional.pad(signs, (0, size - order, 0, size - order)).to(device, torch.bfloat16)'''
+    signs = torch.nn.functional.pad(signs, (0, size - order, 0, size - order)).to(torch.bfloat16)
+    if device.type != "cuda":
+        return signs.to(device)
+    # It outlives the call: on a stream of its own it is not made in the memory of a CUDA graph that warms up.
+    with torch.cuda.stream(torch.cuda.Stream(device)):
+        made = signs.to(device)
+        torch.cuda.current_stream(device).synchronize()
+    return made'''

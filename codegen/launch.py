@@ -1,7 +1,8 @@
 """The `lowprec::` operators on CUDA tensors: each is a Kernel, emitted, loaded and chosen on the first call with its sizes.
 
 install() attaches them; nothing happens on import. After the first call an operator costs one look-up in front of Triton's
-own launch: no synchronisation, no memory but torch's allocator's, nothing that a CUDA graph could not capture. What cannot be
+own launch (LPCOMPILE_QUICK=1: of one of our own): no synchronisation, no memory but torch's allocator's, nothing that a CUDA
+graph could not capture. What cannot be
 generated (batches, float64, a kernel that failed its self-test) runs as the reference and says so once.
 
 With TRITON_INTERPRET=1 in the environment the same is attached for CPU tensors, and Triton interprets the kernels.
@@ -24,6 +25,7 @@ from torch import Tensor
 from lpcompile import fused, ops
 from lpcompile.codegen import emit, module, tune
 from lpcompile.codegen.example import Example
+from lpcompile.codegen.quick import quick
 from lpcompile.codegen.source import Sizes, Source
 from lpcompile.errors import KernelError
 from lpcompile.kernel import DTYPES, CastKernel, DecodeKernel, GemmKernel, Kernel, Output, RequantKernel
@@ -131,7 +133,9 @@ def _chosen(kernel: Kernel, call: Example) -> Launch:
     device = call.inputs[0].device
     target = find_target("interpret" if device.type == "cpu" else "auto", device)
     source = trusted(kernel, kernel_sizes(kernel, call.inputs, call.sizes), target, device, lambda: call)
-    launch: Launch = module.load(source).launch
+    generated = module.load(source)
+    hurried = device.type == "cuda" and os.environ.get("LPCOMPILE_QUICK") == "1"
+    launch: Launch = quick(generated) if hurried else generated.launch
     return launch
 
 

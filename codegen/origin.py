@@ -147,9 +147,6 @@ _OPERATIONS = {
     "reciprocal": ("x", "tl.div_rn(1.0, x)"),
     "rsqrt": ("x", "tl.div_rn(1.0, tl.sqrt_rn(x))"),
     "relu": ("x", "tl.where(x < 0, 0.0, x)"),
-    # An exponential is not correctly rounded: a division that is would buy nothing.
-    "sigmoid": ("x", "1.0 / (1.0 + tl.exp(-x))"),
-    "silu": ("x", "x / (1.0 + tl.exp(-x))"),
     "gelu": ("x", "x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))"),
     # NaN in either goes through, as in torch.
     "maximum": ("x, y", "tl.where((x > y) | (x != x), x, y)"),
@@ -164,12 +161,31 @@ def _operation(op: str, fragments: Fragments) -> str:
         return fragments.add(f"through_{op}", f'def through_{op}(x):\n    """Rounded to {op}."""\n    return {value}')
     if op == "tanh":
         return _tanh(fragments)
+    if op in ("sigmoid", "silu"):
+        return _logistic(op, fragments)
     if op not in _OPERATIONS:
         raise KernelError(f"{op} in a prologue is not generated")
     arguments, value = _OPERATIONS[op]
     # A name of Triton's own must not be hidden.
     name = f"{op}_of"
     return fragments.add(name, f"def {name}({arguments}):\n    return {value}")
+
+
+def _logistic(op: str, fragments: Fragments) -> str:
+    """1 / (1 + exp(-x)) and x times that. An exponential is not correctly rounded: a quotient that is would buy nothing."""
+    if fragments.interpreted:
+        value = f"{'x' if op == 'silu' else '1.0'} / (1.0 + tl.exp(-x))"
+        return fragments.add(f"{op}_of", f"def {op}_of(x):\n    return {value}")
+    sigmoid = fragments.add(
+        "sigmoid_of",
+        '''
+def sigmoid_of(x):
+    """1 / (1 + exp(-x)) by the hardware's estimates, which are within 2 ulp: exp(-x) = 2^(-x / ln 2)."""
+    power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=r,r", [x * -1.4426950408889634], tl.float32, True, 1)
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [1.0 + power], tl.float32, True, 1)
+''',
+    )
+    return sigmoid if op == "sigmoid" else fragments.add("silu_of", f"def silu_of(x):\n    return x * {sigmoid}(x)")
 
 
 def _tanh(fragments: Fragments) -> str:

@@ -20,8 +20,18 @@ _FLT_MAX = "3.4028234663852886e+38"
 
 def add_scale(view: View, fragments: Fragments, function: Function) -> str:
     """Adds the lines of a view's rule. `x`: the tile in FP32, its blocks apart; `noise` where rounding is stochastic."""
+    quant = view.quant
+    _add_peaks(view, fragments, function)
+    if quant.rule is Rule.EDEN:
+        return _eden(view, fragments, function)
+    if quant.outer is not None:
+        return _two_level(view, fragments, function)
+    return _one_level(view, fragments, function)
+
+
+def _add_peaks(view: View, fragments: Fragments, function: Function) -> None:
+    """`peak_bits`: one a block; `tensor_bits` of a scale above them."""
     blocks, quant = view.blocks, view.quant
-    bits = fragments.magnitude_bits()
     if view.peak_block is not None:
         counts = blocks.counts if quant.outer is None else (1, 1)
         row, col = origin(view.peak_block)
@@ -34,12 +44,7 @@ def add_scale(view: View, fragments: Fragments, function: Function) -> str:
         shape = blocks.beside(loaded) if quant.outer is None else f"tl.reshape({loaded}, {(1,) * len(blocks.shape)})"
         function.add(f"{name} = {shape if len(blocks.shape) != 2 else loaded}")
     if quant.outer is not None or view.peak_block is None:
-        function.add(f"peak_bits = {blocks.reduced(f'{bits}(x)')}")
-    if quant.rule is Rule.EDEN:
-        return _eden(view, fragments, function)
-    if quant.outer is not None:
-        return _two_level(view, fragments, function)
-    return _one_level(view, fragments, function)
+        function.add(f"peak_bits = {blocks.reduced(f'{fragments.magnitude_bits()}(x)')}")
 
 
 # ---- one level ---------------------------------------------------------------------------------------------------
@@ -62,7 +67,7 @@ def _one_level(view: View, fragments: Fragments, function: Function) -> str:
 
 def _quest(view: View, fragments: Fragments, function: Function) -> None:
     quant, blocks = view.quant, view.blocks
-    if view.peak_block is not None:
+    if 0 in view.block:
         raise KernelError(f"{view.output}: {quant.rule} of blocks that span an axis is not generated")
     paper = quant.rule is Rule.QUEST_PAPER
     count = view.block[0] * view.block[1]

@@ -57,6 +57,7 @@ class Sizes:
 class Schedule:
     """How a Kernel is tiled. tile: of the matrix that a Cast reads [rows, cols]; of a Gemm's result and contraction [M, N, K].
 
+    step: rows, or columns for a transposed output, that a Cast's program quantises at a time; 0: its whole tile.
     group: tiles of M that a Gemm's programs share in the L2. split: parts of the contraction that are summed apart.
     tma: tiles come and go through tensor descriptors. persistent: one program a multiprocessor walks over tiles.
     specialized: one warp brings tiles while others multiply (Gluon); `warps` counts all.
@@ -71,12 +72,14 @@ class Schedule:
     tma: bool = False
     persistent: bool = False
     specialized: bool = False
+    step: int = 0
     vendor: str = ""
 
     def __str__(self) -> str:
         if self.vendor:
             return f"torch's {self.vendor}"
         text = f"{'x'.join(map(str, self.tile))}, {self.warps} warps, {self.stages} stages"
+        text += f", {self.step} at a time" if self.step else ""
         text += f", groups of {self.group}" if len(self.tile) == 3 else ""
         text += f", split {self.split}" if self.split > 1 else ""
         return (

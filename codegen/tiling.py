@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lpcompile.codegen.source import Schedule, Sizes
+from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
 from lpcompile.codegen.turn import fits
 from lpcompile.errors import KernelError
 from lpcompile.formats import EDEN_GROUP, Rule
-from lpcompile.kernel import CastKernel, DecodeKernel, RequantKernel
+from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
 from lpcompile.recipe import Cast
 from lpcompile.target import Target
 
@@ -44,6 +44,11 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
     heavy = any(_heavy(output.cast) for output in outputs)
     elements = min((_elements(output.cast) for output in outputs), default=_ELEMENTS)
     found: list[Schedule] = []
+    if isinstance(kernel, CastKernel) and not heavy and _in_rows(kernel.outputs, sizes):
+        width = max(next_power_of_two(int(sizes.values[1])), 128)
+        found.append(Schedule((max(_ROW // width, 1), width), warps=max(_ROW, width) // 1024, stages=1))
+    if isinstance(kernel, CastKernel) and not heavy and _across(kernel.outputs):
+        found.append(Schedule((max(needs[0], 64), max(needs[1], 64)), warps=4, stages=1, step=64))
     for rows, cols in _HEAVY_TILES if heavy else _TILES:
         tile = _shrunk((max(rows, needs[0]), max(cols, needs[1])), (needs[0], needs[1]))
         if tile[0] * tile[1] > _LARGEST:
@@ -54,6 +59,36 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
             found.append(schedule)
     return tuple(found)
 
+
+def _in_rows(outputs: tuple[Output, ...], sizes: Sizes) -> bool:
+    """True where every scale is that of a row that one program holds: the matrix is read once then."""
+    fits = sizes.values[1].is_Integer and int(sizes.values[1]) <= _LARGEST // 2
+    return bool(fits) and all(
+        not output.transposed
+        and output.cast.quant.outer is None
+        and output.cast.quant.block.along(output.cast.axis) == (1, 0)
+        and output.cast.rotations == (None, None)
+        for output in outputs
+    )
+
+
+_ROW = 4096  # elements of the rows that a program holds at least
+
+
+def _across(outputs: tuple[Output, ...]) -> bool:
+    """True where blocks of one output lie across those of another, so that a tile for both is larger than either needs.
+
+    Scales that tiles share are left out: the kernel that finds their peaks reads whole tiles.
+    """
+    needs = [(output.transposed, needs_of(output.cast)) for output in outputs]
+    shared = any(
+        output.cast.quant.outer is not None or 0 in output.cast.quant.block.along(output.cast.axis) for output in outputs
+    )
+    along = all(need[0 if transposed else 1] >= _LONG > need[1 if transposed else 0] for transposed, need in needs)
+    return not shared and along and len({transposed for transposed, _ in needs}) == 2
+
+
+_LONG = 128  # elements of a block: two of its kind, across each other, fill a thread's registers
 
 # Measured on an H200: 64 x 128 for rows and blocks of 32, 128 x 128 where blocks of 128 ask for it.
 _TILES = ((64, 128), (128, 128), (64, 64))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
@@ -29,19 +33,11 @@ def emit_write(view: View, fragments: Fragments) -> Function:
     rounding = Rounding.RTNE if quant.elem == F32 else quant.rounding
     if rounding.stochastic:
         _noise(view, fragments, function)
-    valid = add_scale(view, fragments, function)
-    if quant.masked:
-        function.add(f"kept = (tl.abs(scaled) < {quant.target!r}) & ({valid})")
-    rounded = quant.rule in (Rule.FOUR_SIX, Rule.EDEN)
-    name = "grid" if rounded else "scaled"
-    function.add("# A block that is not finite has codes 0; its scale says so.", f"{name} = tl.where({valid}, {name}, 0.0)")
     noise = ", noise" if rounding.stochastic else ""
-    if view.output.decoded:
-        value = "grid" if rounded else f"{fragments.grid(quant.elem, rounding)}(scaled{noise})"
-        _store_values(view, value, fragments, function)
-    else:
-        code = f"{fragments.encode(quant.elem, Rounding.RTNE if rounded else rounding)}({name}{'' if rounded else noise})"
-        _store_codes(view, code, fragments, function)
+    made = fragments.grid if view.output.decoded else fragments.encode
+    name = "value" if view.output.decoded else "code"
+    _add_rounded(view, fragments, function, name, lambda scaled: f"{made(quant.elem, rounding)}({scaled}{noise})")
+    (_store_values if view.output.decoded else _store_codes)(view, fragments, function)
     if "scale" in view.output.parts:
         _store_scale(view, fragments, function)
     if "outer" in view.output.parts:
@@ -49,6 +45,21 @@ def emit_write(view: View, fragments: Fragments) -> Function:
     if "mask" in view.output.parts:
         _store_mask(view, fragments, function)
     return function
+
+
+def _add_rounded(view: View, fragments: Fragments, function: Function, name: str, rounded: Callable[[str], str]) -> None:
+    """Adds `scale`, `name`, which is what is rounded, and the mask."""
+    quant = view.quant
+    valid = add_scale(view, fragments, function)
+    if quant.masked:
+        function.add(f"kept = (tl.abs(scaled) < {quant.target!r}) & ({valid})")
+    on_grid = quant.rule in (Rule.FOUR_SIX, Rule.EDEN)
+    before = "grid" if on_grid else "scaled"
+    function.add("# A block that is not finite has codes 0; its scale says so.", f"{before} = tl.where({valid}, {before}, 0.0)")
+    if not on_grid:
+        function.add(f"{name} = {rounded('scaled')}")
+    else:
+        function.add(f"{name} = {'grid' if view.output.decoded else f'{fragments.encode(quant.elem, Rounding.RTNE)}(grid)'}")
 
 
 def _noise(view: View, fragments: Fragments, function: Function) -> None:
@@ -69,9 +80,10 @@ def _store(view: View, fragments: Fragments, what: str, extents: tuple[Extent, E
     return f"{fragments.store(rows, cols)}({what}, {sizes})"
 
 
-def _store_codes(view: View, code: str, fragments: Fragments, function: Function) -> None:
+def _store_codes(view: View, fragments: Fragments, function: Function) -> None:
     rows, cols = view.extents
-    function.add(f"code = {view.blocks.together(code)}")
+    if (code := view.blocks.together("code")) != "code":
+        function.add(f"code = {code}")
     if view.quant.packed:
         packed = f"codes, {fragments.pack_nibbles()}(code), row0, col0 // 2"
         function.add(_store(view, fragments, packed, (rows, cols.blocks(2)), (1, 2)))
@@ -79,11 +91,8 @@ def _store_codes(view: View, code: str, fragments: Fragments, function: Function
         function.add(_store(view, fragments, "codes, code, row0, col0", view.extents))
 
 
-def _store_values(view: View, value: str, fragments: Fragments, function: Function) -> None:
-    import torch
-
-    if folds(view.quant):
-        value = f"{value} * scale"
+def _store_values(view: View, fragments: Fragments, function: Function) -> None:
+    value = "value * scale" if folds(view.quant) else "value"
     values = fragments.rounded(f"({value})", torch.bfloat16)
     function.add(_store(view, fragments, f"values, {view.blocks.together(values)}, row0, col0", view.extents))
 
@@ -100,7 +109,7 @@ def _store_scale(view: View, fragments: Fragments, function: Function) -> None:
         function.add(_store_tiled(view, value, fragments))
         return
     store = _store(view, fragments, f"scales, {value}, {row}, {col}", view.scale_extents, view.block)
-    function.add(*_once(store, view.block))
+    function.add(*([store] if view.peak_block is None else _once(store, view.block)))
 
 
 def _once(store: str, block: tuple[int, int]) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lpcompile import philox
 from lpcompile.formats import Quant
 from lpcompile.product import Product, Side, empty_product, epilogue
 from lpcompile.recipe import Cast, Dot
@@ -79,13 +80,13 @@ def run_quantize(x: Tensor, cast: Cast, noise: Tensor | None = None) -> list[Ten
 
 
 @functools.cache
-def _noise_kernel(draw: Callable[[int, Tensor], Tensor]) -> _Kernel:
-    return _Kernel(draw, draw.__name__)
+def _noise_kernel() -> _Kernel:
+    return _Kernel(philox.one_round)
 
 
-def run_noise(draw: Callable[[int, Tensor], Tensor], count: int, key: Tensor) -> Tensor:
-    """`philox.uniform` or `philox.uniform8`, compiled."""
-    drawn: Tensor = draw(count, key) if count < _SMALL else _noise_kernel(draw)(count, key)
+def run_noise(draw: Callable[..., Tensor], count: int, key: Tensor) -> Tensor:
+    """`philox.uniform` or `philox.uniform8`. Its rounds are compiled, each by itself: all ten in one take a minute of C++."""
+    drawn: Tensor = draw(count, key) if count < _SMALL else draw(count, key, _noise_kernel())
     return drawn
 
 
@@ -110,9 +111,15 @@ def _decode_kernel(cast: Cast, scaled: bool, dtype: torch.dtype) -> Callable[[Te
     return lambda codes, scale, _: run(codes, scale)
 
 
+def _form(tensor: Tensor | None) -> tuple[object, ...]:
+    """What a compiled kernel is made for: the dtype, and the axes along which the tensor is one number or many."""
+    return () if tensor is None else (tensor.dtype, *(size == 1 for size in tensor.shape))
+
+
 @functools.cache
-def _epilogue_kernel() -> _Kernel:
-    return _Kernel(epilogue)
+def _epilogue_kernel(*forms: object) -> _Kernel:
+    """One for each form: Dynamo gives up where one function has been compiled for eight."""
+    return _Kernel(epilogue, *forms)
 
 
 def run_dequantize(parts: Sequence[Tensor], cast: Cast, cols: int, dtype: torch.dtype) -> Tensor:
@@ -155,7 +162,8 @@ def _finish(acc: Tensor, left: Tensor | None, right: Tensor | None, bias: Tensor
         return acc.to(dtype)
     if acc.numel() < _SMALL:
         return epilogue(acc, left, right, bias, dtype)
-    finished: Tensor = _epilogue_kernel()(acc, left, right, bias, dtype)
+    kernel = _epilogue_kernel(*map(_form, (acc, left, right, bias)), dtype)
+    finished: Tensor = kernel(acc, left, right, bias, dtype)
     return finished
 
 

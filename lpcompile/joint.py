@@ -196,7 +196,8 @@ def parameter_of(node: Node, params: Mapping[str, str]) -> str | None:
     return params.get(node.name) if node.op == "placeholder" else None
 
 
-_ROOT = re.compile(r"^L\[['\"]\w+['\"]\]\.?")
+# A decorator around forward (transformers has some) takes its model as the first of `*args`.
+_ROOT = re.compile(r"^L\[['\"](?:args['\"]\]\[0\]|\w+['\"]\])\.?")
 
 
 def clean_name(path: str) -> str:

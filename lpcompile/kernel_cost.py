@@ -26,11 +26,15 @@ from lpcompile.recipe import Cast, Dot, DotOperand, Rotation, decoded_parts, fol
 from lpcompile.target import Target
 
 # Share of the copy's bandwidth that casts reach, as measured on a Hopper: codes in one orientation, in both.
-ONE_WAY, BOTH_WAYS = 0.88, 0.80
+ONE_WAY, BOTH_WAYS = 0.88, 0.84
+# What arithmetic bounds: blocks of 128 across each other, codes that no instruction makes, random words for each of them.
+ACROSS, NO_INSTRUCTION, RANDOM = 0.52, 0.32, 0.18
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
 # A rotation of more, or of no power of two, is a product of several and goes through memory. The factors are at most so large:
-TURN, CAST_FACTOR, GEMM_FACTOR = 256, 128, 64
+TURN, CAST_FACTOR, GEMM_FACTOR = 128, 128, 64
+# A product of FP32 numbers is three of their BF16 parts, and parts and transposes take their time (measured on a Hopper).
+SPLIT = 8
 
 
 @dataclass(frozen=True)
@@ -155,11 +159,20 @@ def _spans(output: Output) -> bool:
     return quant.outer is not None or 0 in (quant.block.rows, quant.block.cols)
 
 
+def _of_rows(output: Output) -> bool:
+    """True where each row of the matrix that is read has a scale."""
+    quant = output.cast.quant
+    return quant.outer is None and (quant.block.rows, quant.block.cols) == (1, 0) and output.cast.axis == 1
+
+
 def _held(output: Output, cols: Any) -> bool:
-    """True where one program could hold all that a scale of the output spans: a row of the matrix that it reads."""
-    quant, axis = output.cast.quant, output.cast.axis
-    fits = not isinstance(cols, sympy.Expr) and cols <= ROW
-    return fits and quant.outer is None and (quant.block.rows, quant.block.cols) == (1, 0) and axis == 1
+    """True where one program could hold all that a scale of the output spans."""
+    return not isinstance(cols, sympy.Expr) and cols <= ROW and _of_rows(output)
+
+
+def _in_row(output: Output) -> bool:
+    """True where the generated kernel holds a row, if one fits."""
+    return _of_rows(output) and not output.transposed and output.cast.rotations == (None, None)
 
 
 def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any) -> Cost:
@@ -169,7 +182,10 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
     elements = rows * cols
     written = kept + _output_bytes(outputs, rows, cols)
     minimum = first + (again if needed else 0) + written
-    reads = 2 if twice else 1
+    reads: Any = 2 if twice else 1
+    if all(map(_in_row, outputs)):
+        # Rows are all that scales span, and a program holds them.
+        reads = sympy.Piecewise((1, cols <= ROW), (2, True)) if isinstance(cols, sympy.Expr) else 1 if cols <= ROW else 2
     turned, launches = 0, reads
     read: Any = 0
     turns = {output.cast.rotations for output in outputs}
@@ -184,8 +200,20 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         launches += len(passes)
     # What is not turned in memory shares the reads of the source.
     read += reads * first if any(not _cast_passes(pair) for pair in turns) else 0
+    return Cost(read, written, minimum, turned=turned, share=_share(outputs), launches=launches)
+
+
+def _share(outputs: Sequence[Output]) -> float:
+    """Share of the bandwidth that a cast reaches."""
     both = len({output.transposed for output in outputs}) == 2
-    return Cost(read, written, minimum, turned=turned, share=BOTH_WAYS if both else ONE_WAY, launches=launches)
+    quants = [output.cast.quant for output in outputs]
+    if any(quant.rounding.stochastic for quant in quants):
+        return RANDOM
+    if any(quant.packed for quant in quants) and both:
+        return NO_INSTRUCTION
+    if both and any(max(quant.block.along(1)) >= 128 for quant in quants):
+        return ACROSS
+    return BOTH_WAYS if both else ONE_WAY
 
 
 def _orders(block: int, limit: int) -> list[int]:
@@ -210,8 +238,21 @@ def _cast_passes(pair: tuple[Rotation | None, Rotation | None]) -> tuple[tuple[i
     if all(map(_in_tile, pair)):
         return ()
     rows, cols = pair
-    orders = [sum(_orders(cols.block, CAST_FACTOR))] if cols is not None else []
-    return _through_memory(orders + (_orders(rows.block, CAST_FACTOR) if rows is not None else []))
+    along_rows = _weighted(_cast_orders(cols.block), False) if cols is not None else []
+    along_cols = _weighted(_cast_orders(rows.block), bool(along_rows)) if rows is not None else []
+    return _through_memory(([sum(along_rows)] if along_rows else []) + along_cols)
+
+
+def _cast_orders(block: int) -> list[int]:
+    base, power = hadamard.decompose(block) or (1, block)
+    if base > 1 and power >= CAST_FACTOR and block <= CAST_FACTOR**2:
+        return [CAST_FACTOR, block // CAST_FACTOR]
+    return _orders(block, CAST_FACTOR)
+
+
+def _weighted(orders: list[int], wide: bool) -> list[int]:
+    """Orders as they count: a factor that takes FP32 numbers, as all do behind the first, costs more. wide: the first too."""
+    return [order * (SPLIT if wide or index else 1) for index, order in enumerate(orders)]
 
 
 def _through_memory(orders: Sequence[int]) -> tuple[tuple[int, tuple[int, int]], ...]:

@@ -8,6 +8,8 @@ Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,28 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16 & _MASK, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four 32-bit words (int64 tensors) per counter. counter: int64, non-negative. key: int64 [2], 32 bits each."""
+Words = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def one_round(w0: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, k0: Tensor, k1: Tensor) -> Words:
+    """One of the ten rounds: all work on the counters is in here."""
+    high0, low0 = _product(_MULTIPLIERS[0], w0)
+    high1, low1 = _product(_MULTIPLIERS[1], w2)
+    return high1 ^ w1 ^ k0, low1, high0 ^ w3 ^ k1, low0
+
+
+Round = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Words]
+
+
+def philox(counter: Tensor, key: Tensor, turn: Round = one_round) -> Words:
+    """Four 32-bit words (int64 tensors) per counter. counter: int64, non-negative. key: int64 [2], 32 bits each.
+
+    turn: `one_round`, or a compiled form of it.
+    """
     words = (counter & _MASK, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter))
     k0, k1 = key[0], key[1]
     for _ in range(10):
-        high0, low0 = _product(_MULTIPLIERS[0], words[0])
-        high1, low1 = _product(_MULTIPLIERS[1], words[2])
-        words = (high1 ^ words[1] ^ k0, low1, high0 ^ words[3] ^ k1, low0)
+        words = turn(*words, k0, k1)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return words
 
@@ -42,20 +58,20 @@ def stream_key(seed: Tensor, use: int) -> Tensor:
     return torch.cat((words[0], words[1]))
 
 
-def words(count: int, key: Tensor) -> Tensor:
+def words(count: int, key: Tensor, turn: Round = one_round) -> Tensor:
     """`count` 32-bit words of a stream, in order: word i is lane i % 4 of counter i // 4."""
     counter = torch.arange((count + 3) // 4, dtype=torch.int64, device=key.device)
-    return torch.stack(philox(counter, key), -1).flatten()[:count]
+    return torch.stack(philox(counter, key, turn), -1).flatten()[:count]
 
 
-def uniform(count: int, key: Tensor) -> Tensor:
+def uniform(count: int, key: Tensor, turn: Round = one_round) -> Tensor:
     """FP32 in [0, 1), multiples of 2^-24: the upper bits of one word each."""
-    return (words(count, key) >> 8).to(torch.float32) * 2.0**-24
+    return (words(count, key, turn) >> 8).to(torch.float32) * 2.0**-24
 
 
-def uniform8(count: int, key: Tensor) -> Tensor:
+def uniform8(count: int, key: Tensor, turn: Round = one_round) -> Tensor:
     """FP32 in [0, 1), multiples of 1/256: one byte each, as the hardware's cvt.rs takes; byte 0 of a word first."""
-    packed = words((count + 3) // 4, key)
+    packed = words((count + 3) // 4, key, turn)
     shifts = torch.arange(0, 32, 8, device=key.device)
     return (packed.unsqueeze(-1) >> shifts & 0xFF).flatten()[:count].to(torch.float32) * 2.0**-8
 

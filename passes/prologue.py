@@ -29,6 +29,9 @@ assert __name__ == "lpcompile.passes.prologue", "import it as lpcompile.passes, 
 
 aten = torch.ops.aten
 _MATRICES = 4  # that one cast reads at most
+_TWICE = (
+    2  # where it reads them twice, once for the amax of rows, columns or the tensor: more are cheaper written and read back
+)
 
 _UNARY: dict[Any, str] = {
     aten.neg.default: "neg",
@@ -230,16 +233,17 @@ def absorb(graph: Graph, plan: Plan, node: Node) -> Node | None:
     seeds = [user for user in x.users if user.target is torch.ops.lowprec.draw_seed.default]
     others = [user for user in x.users if user is not node and user not in seeds and user.target is not aten.sym_size.int]
     keep = bool(others)
-    if keep and not _kept(region, others):
+    anchor = _kept_at(region, node, others, given.seed) if keep else node
+    if anchor is None:
         return None
     expr, order = region.expression()
     if isinstance(expr, Load) or not order or region.inputs[order[0]] != "" or _trivial(expr, order, x):
         return None
     inputs = tuple(Input(each.meta["val"].dtype, region.inputs[each]) for each in order)
     made_kernel = CastKernel(kernel.outputs, kernel.dtype, inputs, expr, keep)
-    reads = [flat(graph, node, each, region.inputs[each], rows, cols) for each in order]
+    reads = [flat(graph, anchor, each, region.inputs[each], rows, cols) for each in order]
     made_call = Call(reads, str(made_kernel), given.sizes, given.seed, given.uses, given.spins)
-    made = insert_call(graph, node, FUSED, made_call.args())
+    made = insert_call(graph, anchor, FUSED, made_call.args())
     made.meta.update({key: node.meta[key] for key in ("lowprec", "partitioner_tag", "recompute", "rules") if key in node.meta})
     for index, parts in parts_of(node).items():
         for part in parts:
@@ -260,6 +264,17 @@ def _trivial(expr: Expr, order: list[Node], x: Node) -> bool:
     return isinstance(expr, Apply) and expr.args == (Load(0),) and expr.op == _ROUNDED.get(order[0].meta["val"].dtype)
 
 
-def _kept(region: Region, others: list[Node]) -> bool:
-    """Where others read the tensor too: the cast writes it for them, unless one of them would have it computed in passing."""
-    return not any(meaning(user) is not None and user.target not in _KEPT_ORDER for user in others)
+def _kept_at(region: Region, cast: Node, others: list[Node], seed: Node | None) -> Node | None:
+    """Where others read the tensor too, the cast writes it for them, and stands before the first of them.
+
+    None where it should not, because one of them would have the tensor computed in passing, or cannot: a cast of backward
+    writes nothing for forward, and none stands before its own seed.
+    """
+    if any(meaning(user) is not None and user.target not in _KEPT_ORDER for user in others):
+        return None
+    if is_backward(cast) and not all(is_backward(user) for user in others):
+        return None
+    anchor = min((cast, *others), key=region.position.__getitem__)
+    if seed is not None and region.position[seed] > region.position[anchor]:
+        return None
+    return anchor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.fx import Graph
 
 import lpcompile as lp
+from lpcompile.joint import clean_name
 
 
 class Net(nn.Module):
@@ -36,6 +39,44 @@ class Net(nn.Module):
 
 def compiled(model: nn.Module, **options: Any) -> Any:
     return torch.compile(model, backend="lowprec", options={"executor": "reference", **options})
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].layers.0.mlp", "layers.0.mlp"),
+        ("L['self']._modules['layers']._modules['0'].mlp", "layers.0.mlp"),
+        ("L['self'].layers[0].mlp", "layers.0.mlp"),
+        # A decorated forward: `wrapper(*args, **kwargs)`.
+        ("L['args'][0].layers.0.mlp", "layers.0.mlp"),
+        ("L['args'][0]", ""),
+        ("L['args'][1].mlp", "1.mlp"),
+        ("L['blocks'][0].mlp", "0.mlp"),
+        ("L['model']._orig_mod.mlp", "mlp"),
+    ],
+)
+def test_modules_are_called_as_the_user_knows_them(path: str, name: str) -> None:
+    assert clean_name(path) == name
+
+
+def test_a_decorated_forward_changes_no_name() -> None:
+    def decorated(forward: Any) -> Any:
+        @functools.wraps(forward)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return forward(*args, **kwargs)
+
+        return wrapper
+
+    class Decorated(Net):
+        forward = decorated(Net.forward)
+
+    with lp.capture() as traces:
+        compiled(Decorated(), keep=["up"])(torch.randn(8, 64))
+    decisions = {d.fqn: d.converted for d in traces[0].plan.decisions}
+    assert decisions == {"gate": True, "up": False, "down": True, "lm_head": False}
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------
@@ -245,9 +286,10 @@ def test_inductors_own_pass_slot_is_chained() -> None:
 # ---- artifacts and caches ----------------------------------------------------------------------------------------
 
 
-def test_artifacts_are_programs_that_run(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("target", ["cpu", "sm_90"])
+def test_artifacts_are_programs_that_run(target: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LPCOMPILE_DIR", str(tmp_path))
-    compiled(Net())(torch.randn(32, 64, requires_grad=True))
+    compiled(Net(), target=target, always=True)(torch.randn(32, 64, requires_grad=True))
     files = sorted(tmp_path.glob("fp8-rowwise-*/*.py"))
     assert [f.name for f in files] == [
         "00_input.py",
@@ -258,7 +300,9 @@ def test_artifacts_are_programs_that_run(tmp_path: pathlib.Path, monkeypatch: py
         "05_thaw.py",
         "06_hoist.py",
         "07_save.py",
+        "08_fuse.py",
     ]
+    assert ("lowprec.fused" in files[-1].read_text()) is (target != "cpu")
     done = subprocess.run([sys.executable, str(files[-1])], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([32, 32])" in done.stdout
@@ -267,29 +311,28 @@ def test_artifacts_are_programs_that_run(tmp_path: pathlib.Path, monkeypatch: py
 PROGRAM = """
 import json, sys, torch
 from torch._dynamo.utils import counters
-torch.manual_seed(0)
-model = torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 32))
-x = torch.randn(16, 64)
-torch.compile(model, backend="lowprec", options={"recipe": sys.argv[1]})(x).sum().backward()
-print(json.dumps({**counters["aot_autograd"], **counters["inductor"]}))
+for recipe in sys.argv[1:]:
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(48, 64), torch.randn(16, 48)  # too small for compiled casts: the graph alone
+    torch.compile(model, backend="lowprec", options={"recipe": recipe})(x).sum().backward()
+    print(json.dumps({**counters["aot_autograd"], **counters["inductor"]}))
+    counters.clear()
 """
 
 
-def cache_counters(recipe: str, folder: pathlib.Path) -> dict[str, int]:
-    import os
-
+def cache_counters(recipes: list[str], folder: pathlib.Path) -> list[dict[str, int]]:
+    """What one process found in the caches, for each recipe in turn."""
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder)}
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), recipe]
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), *recipes]
     done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
     assert done.returncode == 0, done.stderr
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(recipes) :]]
 
 
 def test_both_compile_caches_hit_in_a_second_process(tmp_path: pathlib.Path) -> None:
-    first = cache_counters("fp8-rowwise", tmp_path)
-    second = cache_counters("fp8-rowwise", tmp_path)
-    other = cache_counters("int8-rowwise", tmp_path)
+    (first,) = cache_counters(["fp8-rowwise"], tmp_path)
+    second, other = cache_counters(["fp8-rowwise", "int8-rowwise"], tmp_path)
     assert first.get("autograd_cache_miss") and not first.get("autograd_cache_hit")
     assert second.get("autograd_cache_hit") and not second.get("autograd_cache_miss")
     assert other.get("autograd_cache_miss") and not other.get("autograd_cache_hit")

@@ -17,6 +17,7 @@ from lpcompile.__main__ import main
 from lpcompile.codegen import emit, module, tune
 from lpcompile.codegen.compile import Product, _product, compile_entry
 from lpcompile.codegen.example import exact, example, mismatch
+from lpcompile.codegen.quick import Quick
 from lpcompile.codegen.source import Schedule, Sizes
 from lpcompile.errors import KernelError
 from lpcompile.kernel import parse
@@ -277,3 +278,34 @@ def test_generated_text(family: str, name: str, target: str):
         path.parent.mkdir(exist_ok=True)
         module.write_aside(path, text)
     assert path.exists() and text == path.read_text(), f"{path.name} differs: LPCOMPILE_UPDATE_GOLDEN=1 writes it anew"
+
+
+class Launched:
+    """Stands for a jit function and its compiled kernel: notes which of the two was launched, on what grid."""
+
+    def __init__(self, log: list[tuple[str, tuple[int, ...]]], name: str = "look-up") -> None:
+        self.log, self.name = log, name
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        def launch(*arguments: object, **options: object) -> Launched:
+            assert (self.name == "look-up") == bool(options)
+            self.log.append((self.name, grid))
+            return Launched(self.log, "kernel")
+
+        return launch
+
+
+def test_launches_look_up_only_what_kernels_are_specialised_on():
+    log: list[tuple[str, tuple[int, ...]]] = []
+    function = Quick(Launched(log))
+    x = torch.zeros(64, dtype=torch.bfloat16)
+    for arguments, expected in (
+        ((x, 16), "look-up"),
+        ((x.clone(), 16), "kernel"),
+        ((x[1:], 16), "look-up"),  # not aligned
+        ((x, 1), "look-up"),
+        ((x.float(), 16), "look-up"),
+        ((x[1:], 16), "kernel"),
+    ):
+        function[4, 2](*arguments, num_warps=4)
+        assert log[-1] == (expected, (4, 2) if expected == "look-up" else (4, 2, 1))

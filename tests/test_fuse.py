@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -25,6 +26,7 @@ RECIPES = (
     "nvfp4",
     "quartet2",
 )
+BLOCK_SCALED = ("mxfp8", "mxfp4", "quartet", "nvfp4", "quartet2")  # by instructions of sm_100
 
 
 def step(model: nn.Module, inputs, recipe: str, target: str, **options):
@@ -46,12 +48,16 @@ def _one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(ops.REFERENCE, "draw_seed", lambda like: torch.tensor([12345], device=like.device))
 
 
-@pytest.fixture(scope="module")
-def block():
+@functools.cache
+def block_step(recipe: str, target: str):
+    """`step` of a Llama block, once for all tests. nvfp4 keeps the last of several blocks: one block is converted whole."""
     torch.manual_seed(0)
     model = Llama(LlamaConfig.sized(128, 1, seq=64)).to(torch.bfloat16)
-    # nvfp4 keeps the last of several blocks: with one block everything is converted.
-    return model, (torch.randint(0, 255, (2, 64)), torch.randint(0, 255, (2, 64)))
+    return step(model, (torch.randint(0, 255, (2, 64)), torch.randint(0, 255, (2, 64))), recipe, target)
+
+
+def block_graph(recipe: str, target: str) -> str:
+    return block_step(recipe, target)[2].graph_after("fuse")
 
 
 def kernels(code: str) -> list:
@@ -61,11 +67,11 @@ def kernels(code: str) -> list:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_fused_graph_means_the_same(block, recipe: str) -> None:
-    model, inputs = block
-    loss, grads, _ = step(model, inputs, recipe, "cpu")
-    for target in ("sm_90", "sm_100"):
-        fused_loss, fused_grads, trace = step(model, inputs, recipe, target)
+def test_fused_graph_means_the_same(recipe: str) -> None:
+    loss, grads, _ = block_step(recipe, "cpu")
+    # Both have instructions for FP8 and INT8: these graphs are the same.
+    for target in ("sm_90", "sm_100") if recipe in BLOCK_SCALED else ("sm_90",):
+        fused_loss, fused_grads, trace = block_step(recipe, target)
         assert torch.equal(loss, fused_loss)
         for name, grad in grads.items():
             assert torch.equal(grad, fused_grads[name]), (target, name)
@@ -80,9 +86,8 @@ def test_fused_graph_means_the_same(block, recipe: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
 @pytest.mark.parametrize("recipe", ["fp8-rowwise", "nvfp4"])
-def test_each_tensor_is_read_once_and_prologues_are_inside(block, recipe: str, target: str) -> None:
-    model, inputs = block
-    code = step(model, inputs, recipe, target)[2].graph_after("fuse")
+def test_each_tensor_is_read_once_and_prologues_are_inside(recipe: str, target: str) -> None:
+    code = block_graph(recipe, target)
     found = kernels(code)
     casts = [k for k in found if isinstance(k, CastKernel)]
     # x of q, k, v; of o; of gate and up; of down: as many casts in forward, beside those of the weights.
@@ -101,27 +106,24 @@ def test_each_tensor_is_read_once_and_prologues_are_inside(block, recipe: str, t
         assert any(isinstance(k, DecodeKernel) for k in found) is decoded
 
 
-def test_native_operands_lie_along_the_contraction(block) -> None:
-    model, inputs = block
+def test_native_operands_lie_along_the_contraction() -> None:
     for recipe in ("fp8-tensorwise", "int8-rowwise", "deepseek"):
-        for kernel in kernels(step(model, inputs, recipe, "sm_90")[2].graph_after("fuse")):
+        for kernel in kernels(block_graph(recipe, "sm_90")):
             if isinstance(kernel, GemmKernel):
                 assert not kernel.dot.left.transposed and kernel.dot.right.transposed, kernel
 
 
-def test_saved_tensors_are_codes(block) -> None:
-    model, inputs = block
+def test_saved_tensors_are_codes() -> None:
     for recipe, target in (("fp8-rowwise", "sm_90"), ("quartet", "sm_90"), ("nvfp4", "sm_100")):
-        trace = step(model, inputs, recipe, target)[2]
+        trace = block_step(recipe, target)[2]
         parts = [entry["info"]["part"] for entry in trace.saved if entry["info"]]
         assert "codes" in parts and "values" not in parts, (recipe, parts)
         weights = [e for e in trace.saved if e["info"] and "primals" in str(e["info"].get("base", ""))]
         assert recipe == "quartet" or not weights, "backward quantises weights anew"
 
 
-def test_quartet_requantises_codes_under_masks(block) -> None:
-    model, inputs = block
-    found = kernels(step(model, inputs, "quartet", "sm_90")[2].graph_after("fuse"))
+def test_quartet_requantises_codes_under_masks() -> None:
+    found = kernels(block_graph("quartet", "sm_90"))
     assert sum(isinstance(k, RequantKernel) for k in found) == 11  # seven weights, four inputs
     gemms = [k for k in found if isinstance(k, GemmKernel)]
     assert sum(k.mask for k in gemms) == 14 and sum(k.undo != (None, None) for k in gemms) == 7
@@ -148,6 +150,30 @@ def test_bias_and_residual_follow_the_product() -> None:
     gemms = [k for k in kernels(trace.graph_after("fuse")) if isinstance(k, GemmKernel)]
     assert sum(k.bias for k in gemms) == 2
     assert any(k.then is not None and k.bias for k in gemms)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-rowwise", "quartet2"])
+def test_what_others_read_is_written_before_they_read_it(recipe: str) -> None:
+    class Mlp(nn.Module):
+        """The gradient of ReLU reads its result, which the cast for the second layer computes and writes."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 96, dtype=torch.bfloat16)
+            self.outer = nn.Linear(96, 64, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.outer(torch.relu(self.inner(x))).float().square().mean()
+
+    torch.manual_seed(0)
+    model, x = Mlp(), torch.randn(48, 64, dtype=torch.bfloat16)
+    loss, grads, _ = step(model, (x,), recipe, "cpu")
+    fused_loss, fused_grads, trace = step(model, (x,), recipe, "sm_90")
+    assert torch.equal(loss, fused_loss)
+    for name, grad in grads.items():
+        assert torch.equal(grad, fused_grads[name]) and grad.any(), name
+    casts = [k for k in kernels(trace.graph_after("fuse")) if isinstance(k, CastKernel)]
+    assert any(k.keep and "relu(x0)" in str(k.prologue) for k in casts)
 
 
 def test_dynamic_sizes() -> None:
@@ -178,6 +204,5 @@ def test_a_merge_that_would_be_a_cycle_is_seen() -> None:
     assert not match.reaches(b, [a])
 
 
-def test_nothing_is_fused_on_a_cpu(block) -> None:
-    model, inputs = block
-    assert "lowprec.fused" not in step(model, inputs, "fp8-rowwise", "cpu")[2].graph_after("fuse")
+def test_nothing_is_fused_on_a_cpu() -> None:
+    assert "lowprec.fused" not in block_graph("fp8-rowwise", "cpu")

@@ -28,6 +28,12 @@ PAIRS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    """The compiled kernels of one test serve the next: they are the operators' own, and nothing else is compiled here."""
+    torch.manual_seed(0)
+
+
 # torch's own schema check multiplies its inputs, which CPU tensors of float8 cannot do.
 NO_SCHEMA = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
@@ -147,6 +153,19 @@ def test_integer_products_are_exact() -> None:
     wanted = (codes.double() @ other.double().T).float()
     for implementation in (REFERENCE["scaled_mm"], LOWPREC.scaled_mm):
         assert torch.equal(implementation([codes, ones_m], [other, ones_n], None, dot, None, torch.float32), wanted)
+
+
+def test_products_of_many_forms_in_one_process() -> None:
+    """More than the eight for which Dynamo compiles one function before it gives up."""
+    codes, scales = torch.randint(-127, 128, (2, 80, 64), dtype=torch.int8), torch.rand(2, 80, 1) + 0.5
+    product, bias = codes[0].double() @ codes[1].double().T, torch.randn(80)
+    for rows in ((True, True), (True, False), (False, True)):
+        dot = " @ ".join("int8:row|1" if row else "int8:tensor|1" for row in rows) + "'"
+        given = [(c, s if row else s[:1]) for c, s, row in zip(codes, scales, rows, strict=True)]
+        for added, dtype in ((None, torch.float32), (bias, torch.float32), (bias, torch.bfloat16)):
+            wanted = product * given[0][1] * given[1][1].T + (0.0 if added is None else added)
+            found = LOWPREC.scaled_mm(*map(list, given), added, dot, None, dtype)
+            assert (found - wanted).norm() / wanted.norm() < (1e-6 if dtype == torch.float32 else 2.0**-8), (dot, dtype)
 
 
 def test_bfloat16_results_are_within_one_unit() -> None:

@@ -381,13 +381,15 @@ def calls(code: str) -> Counter[str]:
 
 
 def test_graphs_are_code_before_and_after_each_pass(report: lp.Report) -> None:
-    assert report.stages == ["input", "canonicalize", "assign", "rotate", "quantize", "thaw", "hoist", "save"]
+    assert report.stages == ["input", "canonicalize", "assign", "rotate", "quantize", "thaw", "hoist", "save", "fuse"]
     graphs = {name: calls(report.graph(name)) for name in report.stages}
     products = ("aten.mm.default", "aten.addmm.default", "lowprec.scaled_mm.default")
     for name in report.stages:
         assert sum(graphs[name][product] for product in products) == len(report.rows)
     assert graphs["assign"]["lowprec.scaled_mm.default"] == 0 == graphs["input"]["lowprec.quantize.default"]
     assert graphs["quantize"]["lowprec.scaled_mm.default"] == report.converted
+    # On a CPU there is nothing to fuse.
+    assert graphs["fuse"] == graphs["save"]
     # Four weights and inputs for fprop, of these all but the first weight for dgrad and wgrad, and the gradients.
     assert graphs["quantize"]["lowprec.quantize.default"] == len(report.traces[0].sqnr)
     with pytest.raises(lp.OptionError, match="Did you mean 'quantize'"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 from unittest import mock
 
 import sympy
@@ -40,6 +43,26 @@ def bits(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), float("nan"), x).view(torch.int16 if x.itemsize == 2 else torch.int32)
 
 
+_GUARD = 1 << 16  # bytes before and behind what a kernel writes
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """What is allocated inside lies between bytes that nobody may write."""
+    real, buffers = torch.empty, []
+
+    def empty(shape: Sequence[int], dtype: torch.dtype, **options: Any) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        buffer = real(size + 2 * _GUARD, dtype=torch.uint8, **options).fill_(0xA5)
+        buffers.append(buffer)
+        return buffer[_GUARD : _GUARD + size].view(dtype).view(shape)
+
+    with mock.patch.object(torch, "empty", empty):
+        yield
+    for buffer in buffers:
+        assert buffer[:_GUARD].eq(0xA5).all() and buffer[-_GUARD:].eq(0xA5).all(), "written beyond the end"
+
+
 def run(
     text: str,
     inputs: Sequence[Tensor],
@@ -56,7 +79,8 @@ def run(
     schedule = schedule or cast_schedules(kernel, known, INTERPRET)[0]
     loaded = module.load(emit_cast(kernel, known, INTERPRET, schedule))
     assert text == loaded.KERNEL
-    written = loaded.launch(list(inputs), list(sizes), **random)
+    with guarded():
+        written = loaded.launch(list(inputs), list(sizes), **random)
     # The same numbers without the minute of C++ compilation.
     with mock.patch.object(cpu, "run_noise", lambda draw, count, key: draw(count, key)):
         return written, fused_reference(list(inputs), text, list(sizes), **random)

@@ -17,6 +17,8 @@ PLAIN = (
     BF16 + "e4m3:row:up|1, e4m3:row:up|0'",
     BF16 + "e4m3:1x32:e8m0:up|1, e4m3:1x32:e8m0:up|0', e5m2:1x32:e8m0:floor|1#",
     BF16 + "e4m3:128x128|1, e4m3:1x128|0, e4m3:1x128|1'",
+    # In parts: blocks of one lie across those of the other.
+    "cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> keep, e4m3:1x128|1, e4m3:1x128|0|0:h32fixed'",
     "cast x0:f32 = x0 as f32 -> e5m2:tensor|1, e5m2:tensor|1'",
     "cast x0:f16 = x0 as f16 -> int8:row|1, int8:row|0, int8:tensor|1'",
 )
@@ -61,6 +63,12 @@ def test_bitwise(text: str) -> None:
 @pytest.mark.parametrize("text", [*PLAIN[:2], RULES[3]])
 def test_bitwise_without_masks(text: str) -> None:
     check(*run(text, inputs_of(text, (256, 128), False), **random_of(text)))
+
+
+@pytest.mark.parametrize("shape", [(192, 64), (64, 320)])
+def test_a_part_of_a_tile_beyond_the_end(shape: tuple[int, int]) -> None:
+    """Parts of 64 divide these sizes, tiles of 128 do not: the last tile's second part lies outside."""
+    check(*run(PLAIN[3], inputs_of(PLAIN[3], shape, False), **random_of(PLAIN[3])))
 
 
 def test_any_tile_gives_the_same() -> None:

@@ -39,6 +39,8 @@ LARGE = (
     (BF16 + "int8:tensor|1|1:h1024, e4m3:row|1|1:h1024', int8:row|1", (5, 1000)),
     (BF16 + "int8:tensor|1|0:h576drawn, e4m3:tensor|1|0:h28|1:h256fixed'", (560, 20)),
     (BF16 + "int8:tensor|1|1:h448, e2m1:1x32:e8m0:up|1|1:h60'", (20, 440)),
+    (BF16 + "int8:tensor|1|1:h3584fixed", (3, 3500)),
+    (BF16 + "int8:tensor|1|0:h3584", (3500, 5)),
     ("cast x0:bf16 x1:f32[r] = mul(x0, x1) as f32 -> keep, int8:tensor|1|1:h512drawn", (9, 500)),
 )
 RANDOM = {"seed": SEED, "uses": [2, 3, 4], "spins": [5, 6, 7, 8, 9, 10]}

@@ -21,7 +21,8 @@ TILES = {CAST: (32, 128), GEMM: (32, 32, 128), TURNED: (32, 64)}
 
 
 def generated(text: str, sizes: tuple[int, ...]) -> Source:
-    return emit(parse(text), Sizes.of(*sizes), find_target("sm_90"), Schedule(TILES[text], 4, 1))
+    target = "sm_90" if text == GEMM else "interpret"  # there is inline assembly in casts for GPUs
+    return emit(parse(text), Sizes.of(*sizes), find_target(target), Schedule(TILES[text], 4, 1))
 
 
 def call(text: str, sizes: tuple[int, ...]) -> Example:
@@ -42,10 +43,10 @@ def judge(source: Source, made: Example) -> str | None:
 PLANTED = {
     "the scale of another block (cast)": (CAST, (40, 300), r"col0 // 128", "0"),
     "the scale of another block (product)": (GEMM, (72, 200, 300), r"(b_scale .*) \+ step\)", r"\1)"),
-    "no mask on the tail (cast)": (CAST, (40, 300), r"(tl\.load\(.*), mask=.*, other=0\)", r"\1)"),
+    "no mask on the tail (cast)": (CAST, (40, 300), r"(tl\.load\(.*), mask=.*, other=0(?:\.0)?\)", r"\1)"),
     "the signs of the other operand": (TURNED, (40, 96), r"spins\[1\]", "spins[2]"),
     "signs behind the rotation": (TURNED, (40, 96), r"(drawn_signs\(stream_key.*32\))\[:, None\]", r"\1[None, :]"),
-    "no mask on the tail (product)": (GEMM, (72, 200, 300), r"(tl\.load\(\w_tile[^,]*), mask=[^=]*other=0\.0\)", r"\1)"),
+    "no mask on the tail (product)": (GEMM, (72, 200, 300), r"(tl\.load\(\w_tile[^,]*), mask=[^=]*other=0(?:\.0)?\)", r"\1)"),
 }
 
 
