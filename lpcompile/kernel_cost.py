@@ -263,14 +263,14 @@ def _through_memory(orders: Sequence[int]) -> tuple[tuple[int, tuple[int, int]],
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:
     """Microseconds of a rotation of a matrix along one axis: by itself, or what it adds to a quantisation that it rides in."""
     elements = rows * cols
-    # The same product and the same trips through memory as in a Cast that turns.
-    turned, trips = 2 * elements * _factors(turn), 0
-    if turn.block > TURN and not (axis == 1 and turn.block <= ROW):
-        trips = 8 * elements
+    # The same products and the same trips through memory as in a Cast that turns.
+    passes = _cast_passes((None, turn) if axis == 1 else (turn, None))
+    turned = 2 * elements * sum([order for order, _ in passes] or [turn.block])
+    trips = sum(taken + made for _, (taken, made) in passes) * elements
     if rides:
         return turned / (target.rates["bf16"] * 1e6) + trips / (target.bandwidth * 1e6)
-    moved = itemsize * elements + trips / 2
-    return Cost(moved, moved, 2 * itemsize * elements, turned=turned).time(target)
+    moved = trips or 2 * itemsize * elements
+    return Cost(moved / 2, moved / 2, 2 * itemsize * elements, turned=turned, launches=max(len(passes), 1)).time(target)
 
 
 def _cast(kernel: CastKernel, rows: Any, cols: Any) -> Cost:

@@ -8,7 +8,7 @@ import inspect
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,11 @@ class Plan:
     def converted(self) -> dict[Node, Decision]:
         """The GEMMs to be converted, as they stand in the graph now."""
         return {d.site.nodes[d.role]: d for d in self.decisions if d.converted and d.site is not None and d.role is not None}
+
+    def replaced(self, old: Node, new: Node) -> None:
+        """Notes that a GEMM was rewritten: the result that a next layer's GEMMs read is another node now."""
+        for site in self.joint.sites:
+            site.x, site.w = (replace(each, node=new) if each.node is old else each for each in (site.x, site.w))
 
     def decision(self, site: Site, role: Role) -> Decision | None:
         """The decision on one GEMM of a site where it is converted."""

@@ -77,7 +77,7 @@ def place(graph: Graph, target: Target) -> list[str]:
 
 def _last(node: Node) -> bool:
     """True where a hadamard node turns the last axis, False for all others taken as one."""
-    return node.args[1] == 1
+    return bool(node.args[1] == 1)
 
 
 @dataclass(frozen=True)
@@ -148,12 +148,13 @@ class _Network:
                 work += self._inputs(value.node, value.last) or []
             elif value.node not in self.turned:
                 continue
-            work += [_Value(u, last) for u in value.node.users if (last := _axis_after(u, value)) is not None]
+            users = [user for user in value.node.users if not self._mine(user)]
+            work += [_Value(user, last) for user in users if (last := _axis_after(user, value)) is not None]
         return True
 
     def _inputs(self, node: Node, last: bool) -> list[_Value] | None:
         """The inputs that must be turned for `node`, a commuting op, to come out turned along `last`; None if it is none."""
-        found = list(_turned_inputs(node, last))
+        found = [] if self._mine(node) else list(_turned_inputs(node, last))
         return found or None
 
     def _consumers(self, node: Node) -> Iterator[Node]:
@@ -208,6 +209,8 @@ class _Network:
     def _rewrite(self, held: set[Node]) -> int:
         """Holds the values of `held` turned. Returns how many rotations of this kind are left."""
         positions = {node: index for index, node in enumerate(self.graph.nodes)}
+        # Who needs a held value plain: not those who come to read it in place of a rotation that cancels.
+        plain = {node: [u for u in node.users if u not in self.free and u not in self.riders] for node in held}
         for node in sorted((*self.free, *self.riders), key=positions.__getitem__):
             turned = node in held or node in self.riders
             last = self.free[node] if node in self.free else _last(node)
@@ -224,11 +227,9 @@ class _Network:
                     node.replace_input_with(value.node, self._turn(raw, value.last, node, back=False))
                 elif value.node in held:
                     node.replace_input_with(value.node, self._turn(raw, value.last, node, back=True))
-        for node in held:
-            last = self.free[node]
-            for user in list(node.users):
-                if user not in self.free and user not in self.riders and user not in self.own:
-                    user.replace_input_with(node, self._turn(node, last, user, back=True))
+        for node, users in plain.items():
+            for user in users:
+                user.replace_input_with(node, self._turn(node, self.free[node], user, back=True))
         self.graph.eliminate_dead_code()
         return sum(map(self._mine, self.graph.nodes))
 
@@ -291,6 +292,8 @@ def _turned_inputs(node: Node, last: bool) -> Iterator[_Value]:
             and _constant(by, last, shape)
         ):
             yield _Value(scaled, last)
+    elif node.target is hadamard and _last(node) != last and isinstance(node.args[0], Node):
+        yield _Value(node.args[0], last)  # rotations of rows and of columns commute
 
 
 def _constant(factor: object, last: bool, shape: list[int]) -> bool:

@@ -88,6 +88,7 @@ class _Inserter:
         if bias is not None and undo:
             result = insert_call(self.graph, node, aten.add.Tensor, (result, bias))
         node.replace_all_uses_with(result)
+        self.plan.replaced(node, result)
         self.graph.erase_node(node)
 
     def _turns(self, operand: Operand, position: int, decision: Decision) -> list[_Turn]:

@@ -229,7 +229,7 @@ def test_no_high_precision_operand_is_saved() -> None:
 def test_backward_keeps_codes_scales_and_mask_bits_only(recipe: str, bits: float) -> None:
     model, x = Stack().bfloat16(), torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
     with lp.capture() as traces:
-        compiled(model, recipe=recipe)(x)
+        compiled(model, recipe=recipe, always=True)(x)
     saved = [item for item in traces[0].saved if not item["parameter"]]
     operands = [item for item in saved if item["info"]]
     assert all(item["dtype"] == "int64" and item["bytes"] == 8 for item in saved if not item["info"])  # the step's seed
