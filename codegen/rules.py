@@ -67,7 +67,7 @@ def _one_level(view: View, fragments: Fragments, function: Function) -> str:
 
 def _quest(view: View, fragments: Fragments, function: Function) -> None:
     quant, blocks = view.quant, view.blocks
-    if view.peak_block is not None:
+    if 0 in view.block:
         raise KernelError(f"{view.output}: {quant.rule} of blocks that span an axis is not generated")
     paper = quant.rule is Rule.QUEST_PAPER
     count = view.block[0] * view.block[1]

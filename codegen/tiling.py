@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lpcompile.codegen.source import Schedule, Sizes
+from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
 from lpcompile.codegen.turn import fits
 from lpcompile.errors import KernelError
 from lpcompile.formats import EDEN_GROUP, Rule
@@ -44,6 +44,9 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
     heavy = any(_heavy(output.cast) for output in outputs)
     elements = min((_elements(output.cast) for output in outputs), default=_ELEMENTS)
     found: list[Schedule] = []
+    if isinstance(kernel, CastKernel) and not heavy and _in_rows(kernel.outputs, sizes):
+        width = max(next_power_of_two(int(sizes.values[1])), 128)
+        found.append(Schedule((max(_ROW // width, 1), width), warps=max(_ROW, width) // 1024, stages=1))
     if isinstance(kernel, CastKernel) and not heavy and _across(kernel.outputs):
         found.append(Schedule((max(needs[0], 64), max(needs[1], 64)), warps=4, stages=1, step=64))
     for rows, cols in _HEAVY_TILES if heavy else _TILES:
@@ -55,6 +58,21 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
         if schedule not in found:
             found.append(schedule)
     return tuple(found)
+
+
+def _in_rows(outputs: tuple[Output, ...], sizes: Sizes) -> bool:
+    """True where every scale is that of a row that one program holds: the matrix is read once then."""
+    fits = sizes.values[1].is_Integer and int(sizes.values[1]) <= _LARGEST // 2
+    return bool(fits) and all(
+        not output.transposed
+        and output.cast.quant.outer is None
+        and output.cast.quant.block.along(output.cast.axis) == (1, 0)
+        and output.cast.rotations == (None, None)
+        for output in outputs
+    )
+
+
+_ROW = 4096  # elements of the rows that a program holds at least
 
 
 def _across(outputs: tuple[Output, ...]) -> bool:

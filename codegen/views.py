@@ -141,7 +141,10 @@ class View:
         """The blocks whose amax other tiles have a part in, or None."""
         if self.quant.outer is not None:
             return 0, 0
-        return self.block if 0 in self.block else None
+        spanned = [
+            (extent, size) for extent, size, length in zip(self.extents, self.tile, self.block, strict=True) if not length
+        ]
+        return self.block if any(extent.known is None or extent.known > size for extent, size in spanned) else None
 
     @property
     def tile_name(self) -> str:

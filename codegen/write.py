@@ -109,7 +109,7 @@ def _store_scale(view: View, fragments: Fragments, function: Function) -> None:
         function.add(_store_tiled(view, value, fragments))
         return
     store = _store(view, fragments, f"scales, {value}, {row}, {col}", view.scale_extents, view.block)
-    function.add(*_once(store, view.block))
+    function.add(*([store] if view.peak_block is None else _once(store, view.block)))
 
 
 def _once(store: str, block: tuple[int, int]) -> list[str]:

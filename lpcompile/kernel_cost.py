@@ -159,11 +159,20 @@ def _spans(output: Output) -> bool:
     return quant.outer is not None or 0 in (quant.block.rows, quant.block.cols)
 
 
+def _of_rows(output: Output) -> bool:
+    """True where each row of the matrix that is read has a scale."""
+    quant = output.cast.quant
+    return quant.outer is None and (quant.block.rows, quant.block.cols) == (1, 0) and output.cast.axis == 1
+
+
 def _held(output: Output, cols: Any) -> bool:
-    """True where one program could hold all that a scale of the output spans: a row of the matrix that it reads."""
-    quant, axis = output.cast.quant, output.cast.axis
-    fits = not isinstance(cols, sympy.Expr) and cols <= ROW
-    return fits and quant.outer is None and (quant.block.rows, quant.block.cols) == (1, 0) and axis == 1
+    """True where one program could hold all that a scale of the output spans."""
+    return not isinstance(cols, sympy.Expr) and cols <= ROW and _of_rows(output)
+
+
+def _in_row(output: Output) -> bool:
+    """True where the generated kernel holds a row, if one fits."""
+    return _of_rows(output) and not output.transposed and output.cast.rotations == (None, None)
 
 
 def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any) -> Cost:
@@ -173,7 +182,10 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
     elements = rows * cols
     written = kept + _output_bytes(outputs, rows, cols)
     minimum = first + (again if needed else 0) + written
-    reads = 2 if twice else 1
+    reads: Any = 2 if twice else 1
+    if all(map(_in_row, outputs)):
+        # Rows are all that scales span, and a program holds them.
+        reads = sympy.Piecewise((1, cols <= ROW), (2, True)) if isinstance(cols, sympy.Expr) else 1 if cols <= ROW else 2
     turned, launches = 0, reads
     read: Any = 0
     turns = {output.cast.rotations for output in outputs}
