@@ -28,9 +28,8 @@ from lpcompile.codegen.example import Example
 from lpcompile.codegen.quick import quick
 from lpcompile.codegen.source import Sizes, Source
 from lpcompile.errors import KernelError
-from lpcompile.kernel import DTYPES, CastKernel, DecodeKernel, GemmKernel, Kernel, Output, RequantKernel
-from lpcompile.product import Product
-from lpcompile.recipe import folds
+from lpcompile.kernel import DTYPES, Kernel
+from lpcompile.launches import cast_text, decode_text, gemm_text, kernel_sizes, requant_text
 from lpcompile.target import Target, find_target
 
 assert __name__ == "lpcompile.codegen.launch", "import it as lpcompile.codegen.launch, not as codegen.launch"
@@ -177,17 +176,6 @@ def _dense(launch: Launch, inputs: Sequence[Tensor]) -> Launch:
     return lambda inputs, *rest: launch([x.contiguous() for x in inputs], *rest)
 
 
-def kernel_sizes(kernel: Kernel, inputs: Sequence[Tensor], sizes: Sequence[int]) -> tuple[int, ...]:
-    """The sizes of a call, as `source.Sizes` counts them."""
-    if isinstance(kernel, GemmKernel):
-        given = fused.GemmInputs.of(inputs, kernel)
-        p = Product.of(given.left, given.right, kernel.dot, list(sizes) or None)
-        return p.m, p.n, p.k
-    if isinstance(kernel, CastKernel):
-        return inputs[0].shape[0], inputs[0].shape[1]
-    return inputs[0].shape[0], sizes[0]
-
-
 def _symbols(sizes: Sequence[int]) -> Sizes:
     """Sizes that are unknown but for what divides them."""
     return Sizes.of(
@@ -196,31 +184,6 @@ def _symbols(sizes: Sequence[int]) -> Sizes:
 
 
 # ---- the unfused operators ---------------------------------------------------------------------------------------
-
-
-@functools.cache
-def cast_text(cast: str, dtype: torch.dtype) -> str:
-    """The Kernel that `lowprec::quantize` is."""
-    return str(CastKernel((Output(ops.parse_cast(cast)),), dtype))
-
-
-@functools.cache
-def requant_text(source: str, cast: str, dtype: torch.dtype) -> str:
-    """The Kernel that `lowprec::requantize` is."""
-    return str(RequantKernel(ops.parse_cast(source), (Output(ops.parse_cast(cast)),), dtype))
-
-
-@functools.cache
-def gemm_text(dot: str, dtype: torch.dtype, bias: bool) -> str:
-    """The Kernel that `lowprec::scaled_mm` is."""
-    return str(GemmKernel(ops.parse_dot(dot), dtype, bias))
-
-
-@functools.cache
-def decode_text(cast: str) -> str | None:
-    """The Decode that means the same as a dequantisation to bf16, if one does."""
-    parsed = ops.parse_cast(cast)
-    return str(DecodeKernel(parsed)) if folds(parsed.quant) and not parsed.quant.has_outer else None
 
 
 def _quantize(x: Tensor, cast: str, seed: Tensor | None = None, use: int = 0, spins: Sequence[int] = (0, 0)) -> list[Tensor]:

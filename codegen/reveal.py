@@ -35,11 +35,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lpcompile.codegen import module
 from lpcompile.codegen.compile import compile_entry
 from lpcompile.codegen.example import example
-from lpcompile.codegen.launch import kernel_sizes, trusted
+from lpcompile.codegen.launch import trusted
 from lpcompile.codegen.source import Source
 from lpcompile.errors import KernelError
 from lpcompile.fused import parse_kernel
 from lpcompile.kernel import GemmKernel
+from lpcompile.launches import kernel_sizes
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.reveal", "import it as lpcompile.codegen.reveal, not as codegen.reveal"

@@ -159,3 +159,9 @@ class Llama(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+
+def block() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """A model of one layer in BF16 and its inputs: `python -m lpcompile explain llama:block --kernels`."""
+    tokens = torch.randint(0, 256, (2, 2, 64))
+    return Llama(LlamaConfig.sized(128, 1, seq=64)).to(torch.bfloat16), (tokens[0], tokens[1])

@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", action="append", default=[], choices=DTYPES, help="dtype of each input, or of all (default: f32)"
     )
     command.add_argument("--graph", metavar="PASS", help="print the graph after this pass; 'input': as traced")
+    command.add_argument("--always", action="store_true", help="convert also where low precision is predicted to be slower")
+    command.add_argument("--kernels", action="store_true", help="list the kernels as well: bytes, time, rules, whom they serve")
     command.add_argument("--full", action="store_true", help="one line a layer and GEMM, equal layers not merged")
     _emit_parser(commands)
     for described in (recipes, targets, command):
@@ -178,7 +180,7 @@ def _explain(args: argparse.Namespace) -> None:
     if shapes:
         positional, keywords = [_example(model, *each) for each in zip(shapes, dtypes, strict=True)], {}
     _check_inputs(model, positional, keywords)
-    run = explain(model, recipe=args.recipe, target=args.target, keep=args.keep)
+    run = explain(model, recipe=args.recipe, target=args.target, keep=args.keep, always=args.always)
     report = run(*positional, **keywords)
     if not report.rows:
         sys.stderr.write(f"lpcompile: no GEMM was traced in {args.model}\n")
@@ -192,7 +194,7 @@ def _show(report: Report, args: argparse.Namespace) -> None:
     elif args.json:
         _write(report.to_json())
     else:
-        report.print(compact=not args.full)
+        report.print(compact=not args.full, kernels=args.kernels)
 
 
 def _shape(text: str, option: str, like: str) -> list[int]:

@@ -24,7 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
-from lpcompile import once, ops, pipeline
+from lpcompile import launches, once, ops, pipeline
 from lpcompile.codegen import launch, reveal
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import clean_name, parameter_of, size_hint
@@ -151,6 +151,9 @@ class _Compiler:
         frozen = frozenset(node for node, name in params.items() if inference or name in self.frozen)
         plan = Plan(self.recipe, self.options, self.target, params, frozen)
         trace = pipeline.run(graph, self.steps, plan)
+        if pipeline.capturing():
+            launches.annotate(graph, plan)
+            trace.launches = launches.launches_of([graph], self.target)
         for note in plan.notes:
             warnings.warn(note, stacklevel=2)
         return trace
@@ -177,6 +180,9 @@ class _Compiler:
             traces.append(self.transform(joint.graph))
             joint.recompile()
             forward, backward = min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+            if pipeline.capturing():
+                # What was merged, dropped and computed again is known now.
+                traces[-1].launches = launches.launches_of([forward.graph, backward.graph], self.target)
             traces[-1].saved = saved_tensors(forward, kwargs["num_fwd_outputs"], traces[-1].plan)
             return forward, backward
 

@@ -260,6 +260,19 @@ def _through_memory(orders: Sequence[int]) -> tuple[tuple[int, tuple[int, int]],
     return tuple((order, (4 if index else 2, 2 if index == last else 4)) for index, order in enumerate(orders))
 
 
+def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:
+    """Microseconds of a rotation of a matrix along one axis: by itself, or what it adds to a quantisation that it rides in."""
+    elements = rows * cols
+    # The same products and the same trips through memory as in a Cast that turns.
+    passes = _cast_passes((None, turn) if axis == 1 else (turn, None))
+    turned = 2 * elements * sum([order for order, _ in passes] or [turn.block])
+    trips = sum(taken + made for _, (taken, made) in passes) * elements
+    if rides:
+        return turned / (target.rates["bf16"] * 1e6) + trips / (target.bandwidth * 1e6)
+    moved = trips or 2 * itemsize * elements
+    return Cost(moved / 2, moved / 2, 2 * itemsize * elements, turned=turned, launches=max(len(passes), 1)).time(target)
+
+
 def _cast(kernel: CastKernel, rows: Any, cols: Any) -> Cost:
     inputs = sum(_input_bytes(kind, rows, cols) for kind in kernel.inputs)
     result = kernel.dtype.itemsize * rows * cols

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
-from lpcompile import fused
 from lpcompile.backend import lowprec, pipeline_with
-from lpcompile.codegen import launch
 from lpcompile.kernel import GemmKernel, Kernel
+from lpcompile.launches import described, served
 from lpcompile.pipeline import Plan
 from lpcompile.recipe import Executor
 from lpcompile.recipes import find_recipe
@@ -61,44 +60,13 @@ def layer_kernels(
 
 
 def _kernels(graph: Graph) -> list[LayerKernel]:
-    described = {node: each for node in graph.nodes if (each := _described(node)) is not None}
-    products = {node for node, (kernel, _) in described.items() if isinstance(kernel, GemmKernel)}
+    found = {node: each for node in graph.nodes if (each := described(node)) is not None}
+    products = {node for node, (kernel, _) in found.items() if isinstance(kernel, GemmKernel)}
     return [
-        LayerKernel(kernel, sizes, tuple(sorted({_role(product) for product in _served(node, products)})))
-        for node, (kernel, sizes) in described.items()
+        LayerKernel(kernel, tuple(map(int, sizes)), tuple(sorted({_role(product) for product in served(node, products)})))
+        for node, (kernel, sizes) in found.items()
     ]
-
-
-def _described(node: Node) -> tuple[Kernel, tuple[int, ...]] | None:
-    """The Kernel of a node and its sizes; None for a node that is no kernel of ours."""
-    ops = torch.ops.lowprec
-    if node.op != "call_function":
-        return None
-    args: Any = torch.fx.node.map_arg(node.args, lambda each: each.meta.get("val"))
-    rest: Sequence[Any] = ()
-    if node.target is ops.fused.default:
-        inputs, text, *rest = args
-        sizes = rest[0] if rest else ()
-    elif node.target is ops.quantize.default:
-        inputs, text, sizes = [args[0]], launch.cast_text(args[1], args[0].dtype), ()
-    elif node.target is ops.requantize.default:
-        inputs, text, sizes = args[0], launch.requant_text(args[1], args[2], args[4]), (args[3],)
-    elif node.target is ops.scaled_mm.default:
-        left, right, bias, dot, size, dtype = args
-        inputs = [*left, *right, *([] if bias is None else [bias])]
-        text, sizes = launch.gemm_text(dot, dtype, bias is not None), size or ()
-    else:
-        return None
-    kernel = fused.parse_kernel(text)
-    return kernel, tuple(int(size) for size in launch.kernel_sizes(kernel, inputs, [int(size) for size in sizes]))
 
 
 def _role(product: Node) -> str:
     return str(product.meta.get("lowprec", {}).get("role", ""))
-
-
-def _served(node: Node, products: set[Node]) -> set[Node]:
-    """The GEMMs that a node's results reach first."""
-    if node in products:
-        return {node}
-    return {product for user in node.users for product in _served(user, products)}

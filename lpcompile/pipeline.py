@@ -8,7 +8,7 @@ import inspect
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,11 @@ class Plan:
         """The GEMMs to be converted, as they stand in the graph now."""
         return {d.site.nodes[d.role]: d for d in self.decisions if d.converted and d.site is not None and d.role is not None}
 
+    def replaced(self, old: Node, new: Node) -> None:
+        """Notes that a GEMM was rewritten: the result that a next layer's GEMMs read is another node now."""
+        for site in self.joint.sites:
+            site.x, site.w = (replace(each, node=new) if each.node is old else each for each in (site.x, site.w))
+
     def decision(self, site: Site, role: Role) -> Decision | None:
         """The decision on one GEMM of a site where it is converted."""
         return next((d for d in self.decisions if d.converted and d.site is site and d.role is role), None)
@@ -134,14 +139,36 @@ class Step:
         return hashlib.sha256(f"{self.name}\n{text}".encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One kernel of ours in the finished graph, or a product that stayed in high precision.
+
+    phase: `forward` or `backward`. family: of its Kernel, or the operator where that is none. moved, least: bytes that it
+    moves, and that no kernel can do without; time: predicted microseconds. rules: of the fuser, in the order in which they
+    shaped it. sites: the GEMMs that it is or serves, "layers.0.fc1 fprop". reads: the matrices that a cast reads.
+    """
+
+    phase: str
+    family: str
+    kernel: str
+    sizes: tuple[str, ...]
+    moved: float
+    least: float
+    time: float
+    rules: tuple[str, ...] = ()
+    sites: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+
 @dataclass
 class Trace:
-    """What a pipeline did to one graph: the code before the first pass and after each one, and the final plan."""
+    """What a pipeline did to one graph: the code before the first pass and after each one, the final plan, the launches."""
 
     plan: Plan
     stages: list[tuple[str, str]] = field(default_factory=list)
     saved: list[dict[str, Any]] = field(default_factory=list)
     sqnr: dict[str, float] = field(default_factory=dict)
+    launches: list[Launch] = field(default_factory=list)
 
     def graph_after(self, name: str) -> str:
         """Readable code of the graph after the pass `name` ("input": before the first)."""

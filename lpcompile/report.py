@@ -15,11 +15,13 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from lpcompile import kernel_table
 from lpcompile.cost import predict
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import size_hint
-from lpcompile.pipeline import Decision, RotationCount, Trace
+from lpcompile.pipeline import Decision, Launch, RotationCount, Trace
 from lpcompile.recipe import Role
+from lpcompile.texts import NUMBER, bytes_text, size_text, time_text
 
 # Where nobody looks at a terminal, lines longer than its default of 80 columns do no harm and folded cells do.
 WIDTH = 140
@@ -33,8 +35,6 @@ _COLUMNS = (
     ("dB a/b", 9, False),
 )
 _STYLES = {"converted": "", "kept": "dim", "declined": "yellow"}
-# A number that stands alone between separators: the 0 of layers.0.fc1, but not the 1, nor the ordinal behind a #.
-_NUMBER = re.compile(r"(?<![A-Za-z0-9#])\d+(?![A-Za-z0-9])")
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,11 @@ class Report:
         return RotationCount(asked, riding, own, moved)
 
     @property
+    def launches(self) -> list[Launch]:
+        """The kernels of forward and backward in the order in which they run, and the products that stayed as they were."""
+        return [launch for trace in self.traces for launch in trace.launches]
+
+    @property
     def stages(self) -> list[str]:
         """Names that `graph` takes: "input" and each pass, in order."""
         return [name for name, _ in self.traces[0].stages] if self.traces else []
@@ -157,7 +162,7 @@ class Report:
         groups: dict[tuple[str, ...], list[Row]] = {}
         first: dict[str, int] = {}
         for row in self.rows:
-            pattern = _NUMBER.sub("*", row.name)
+            pattern = NUMBER.sub("*", row.name)
             first.setdefault(pattern, len(first))
             shown = (row.role, row.batch, row.m, row.n, row.k, row.a, row.b, row.rotation, row.status, row.reason)
             groups.setdefault((pattern, *shown), []).append(row)
@@ -197,7 +202,7 @@ class Report:
         count = Counter(row.status for row in self.rows)
         lines = [f"{count['converted']} converted, {count['kept']} kept, {count['declined']} declined"]
         before, after = sum(row.time_high for row in self.rows), sum(row.time_low for row in self.rows)
-        line = f"predicted time of all GEMMs with their casts on {self.target}: {_time(before)} > {_time(after)} us"
+        line = f"predicted time of all GEMMs with their casts on {self.target}: {time_text(before)} > {time_text(after)} us"
         if decoded := sum(row.decoded for row in self.rows):
             line += f" ({decoded} decoded: the formats are emulated there, which is slower by nature)"
         lines.append(line)
@@ -209,17 +214,19 @@ class Report:
             lines += [line, *(f"  moved: {moved}" for moved in turns.moved)]
         saved = self.saved()
         if saved.codes or saved.other:
-            high = f" (those operands in high precision: {_bytes(saved.high)}, weights being alive anyway)"
+            high = f" (those operands in high precision: {bytes_text(saved.high)}, weights being alive anyway)"
             compared = high if saved.codes else ""
-            line = f"saved for backward: {_bytes(saved.codes)} of codes and scales{compared}"
-            lines.append(f"{line}, {_bytes(saved.other)} of everything else")
+            line = f"saved for backward: {bytes_text(saved.codes)} of codes and scales{compared}"
+            lines.append(f"{line}, {bytes_text(saved.other)} of everything else")
+        if self.launches:
+            lines.append(kernel_table.total(self.launches, self.target))
         return lines
 
-    def print(self, console: Console | None = None, *, compact: bool = True) -> None:
+    def print(self, console: Console | None = None, *, compact: bool = True, kernels: bool = False) -> None:
         """Prints the table, what the reasons are, the totals and the notes.
 
         Without a console of the caller's: at the terminal's width, or where there is none at no less than 140 columns.
-        compact: see `lines`.
+        compact: see `lines`. kernels: the table of kernels as well.
         """
         if console is None:
             console = Console()
@@ -227,19 +234,21 @@ class Report:
                 console = Console(width=max(console.width, WIDTH))
         # Too wide a table wraps in a narrow terminal: no column is lost.
         console.print(self.table(compact), crop=False)
+        if kernels:
+            console.print(kernel_table.table(self.launches, self.target, compact), crop=False)
         for line in (*self.legend(), *self.totals(), *(f"note: {note}" for note in self.notes)):
             style = "yellow" if line.startswith("note:") else None
             console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    def text(self, width: int = 160, *, compact: bool = True) -> str:
+    def text(self, width: int = 160, *, compact: bool = True, kernels: bool = False) -> str:
         """What `print` prints, as a string without colours."""
         console = Console(width=width, no_color=True, force_terminal=False)
         with console.capture() as captured:
-            self.print(console, compact=compact)
+            self.print(console, compact=compact, kernels=kernels)
         return captured.get()
 
     def to_json(self) -> str:
-        """The rows, reasons, notes and saved bytes as JSON; an SQNR that is no number is the text "inf" or "nan"."""
+        """The rows, kernels, reasons, notes and saved bytes as JSON; an SQNR that is no number is the text "inf" or "nan"."""
         rows = []
         for row in self.rows:
             sqnr = {key: value if math.isfinite(value) else str(value) for key, value in row.sqnr.items()}
@@ -248,6 +257,7 @@ class Report:
             "recipe": self.recipe,
             "target": self.target,
             "rows": rows,
+            "kernels": [asdict(launch) for launch in self.launches],
             "reasons": dict(self.reasons()),
             "saved": asdict(self.saved()),
             "notes": self.notes,
@@ -268,9 +278,9 @@ def _row(index: int, decision: Decision, trace: Trace, high: dict[str, int]) -> 
         graph=index,
         name=f"{decision.fqn}#{ordinal}" if ordinal else decision.fqn,
         role=role,
-        m=_size(decision.m),
-        n=_size(decision.n),
-        k=_size(decision.k),
+        m=size_text(decision.m),
+        n=size_text(decision.n),
+        k=size_text(decision.k),
         a=str(gemm.a or "hp") if gemm else "",
         b=str(gemm.b or "hp") if gemm else "",
         converted=decision.converted,
@@ -279,7 +289,7 @@ def _row(index: int, decision: Decision, trace: Trace, high: dict[str, int]) -> 
         time_low=times.low if decision.converted else times.high,
         saved=sum(i["bytes"] for i in items),
         sqnr={name: trace.sqnr[cast] for name, cast in sorted(decision.casts.items()) if cast in trace.sqnr},
-        batch=_size(decision.batch),
+        batch=size_text(decision.batch),
         saved_high=high.get(site, 0) if role == Role.FPROP else 0,
         block={name: str(quant.block) for name, quant in quants.items()},
         rounding={name: str(quant.rounding) for name, quant in quants.items()},
@@ -306,7 +316,7 @@ def _merge(rows: list[Row]) -> Row:
     """One row for several: `*` for the numbers of the name that differ, sums, the smallest SQNR (NaN before all)."""
     if len(rows) == 1:
         return rows[0]
-    between, numbers = _NUMBER.split(rows[0].name), zip(*(_NUMBER.findall(row.name) for row in rows), strict=True)
+    between, numbers = NUMBER.split(rows[0].name), zip(*(NUMBER.findall(row.name) for row in rows), strict=True)
     labels = [found[0] if len(set(found)) == 1 else "*" for found in numbers]
     sqnr = {name: _smallest(row.sqnr[name] for row in rows if name in row.sqnr) for row in rows for name in row.sqnr}
     return replace(
@@ -330,30 +340,13 @@ def _cells(row: Row) -> list[str]:
     size = size if "=" in size else size.replace(" ", "")
     casts = row.a if row.a == row.b else f"{row.a} @ {row.b}"
     casts += f" * {row.rotation}" if row.rotation else ""
-    times = f"{_time(row.time_high)} > {_time(row.time_low)}" if row.converted else _time(row.time_high)
+    times = f"{time_text(row.time_high)} > {time_text(row.time_low)}" if row.converted else time_text(row.time_high)
     sqnr = "/".join(_decibel(row.sqnr.get(name)) for name in ("a", "b")) if row.sqnr else ""
     sizes = size if row.batch == "1" else f"{row.batch} * ({size})"
-    return [sizes, casts, times, _bytes(row.saved) if row.saved else "", sqnr]
+    return [sizes, casts, times, bytes_text(row.saved) if row.saved else "", sqnr]
 
 
 def _decibel(value: float | None) -> str:
     if value is None:
         return "-"
     return "exact" if value == math.inf else f"{value:.1f}"
-
-
-def _time(microseconds: float) -> str:
-    return f"{microseconds:.1f}" if microseconds < 10 else f"{microseconds:.0f}"
-
-
-def _size(size: Any) -> str:
-    if size is None:
-        return "?"
-    return str(size) if str(size).isdecimal() else f"{size}={size_hint(size)}"
-
-
-def _bytes(count: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count} B"

@@ -21,7 +21,7 @@ from lpcompile.kernel import GemmKernel, Input, Then
 from lpcompile.match import reaches
 from lpcompile.ops import parse_rotation
 from lpcompile.passes.forms import FUSED, Call, getitem, kernel_of
-from lpcompile.passes.prologue import flat, meaning, shape_kind
+from lpcompile.passes.prologue import RESHAPES, flat, meaning, shape_kind
 from lpcompile.pipeline import Plan
 
 assert __name__ == "lpcompile.passes.epilogue", "import it as lpcompile.passes, not as passes"
@@ -30,13 +30,19 @@ _MATRICES = 1  # that a product reads besides its operands: more would take the 
 
 
 def _producer(value: Any) -> tuple[Node, GemmKernel] | None:
-    """The gemm whose result a node is, where nobody else reads it."""
+    """The gemm whose result a node is, perhaps seen in another shape in between, where nobody else reads it."""
+    seen = value
+    while isinstance(value, Node) and value.target in RESHAPES and len(value.users) == 1:
+        value = value.args[0]
     if not isinstance(value, Node) or value.target is not operator.getitem or len(value.users) != 1:
         return None
     source = value.args[0]
     assert isinstance(source, Node)
     kernel = kernel_of(source, GemmKernel)
-    return (source, kernel) if kernel is not None and kernel.then is None else None
+    if kernel is None or kernel.then is not None:
+        return None
+    same = len(seen.meta["val"].shape) == 2 and shape_kind(seen, *source.meta["val"][0].shape) == ""
+    return (source, kernel) if same else None
 
 
 def _replaced(graph: Graph, anchor: Node, old: Node, given: Call) -> Node:

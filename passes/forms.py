@@ -76,6 +76,7 @@ def getitem(graph: Graph, anchor: Node, made: Node, index: int, like: Node | Non
 
 def _insert(graph: Graph, anchor: Node, call: Call, backward: bool, info: dict[str, Any] | None) -> Node:
     node = insert_call(graph, anchor, FUSED, call.args())
+    node.meta["rules"] = ("product",)  # which asks for the form
     if backward:
         node.meta["partitioner_tag"] = "must_be_in_backward"
     if info is not None:

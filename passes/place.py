@@ -7,12 +7,13 @@ between two rotations may be held plain or turned, and a rotation is paid where 
     dy = H(H^-1(p))                          ->   dy = p                           neighbours that cancel
 
 For every kind of rotation (axis, size, signs) the values form a network: products that come turned are its source, values that
-must be plain its sink, and an edge is worth the bytes that a rotation there reads and writes. A rotation in front of a
-quantisation rides inside it and costs next to nothing.
+must be plain its sink, and an edge is worth the time that a rotation there takes on the target, by the cost model. A rotation
+in front of a quantisation rides inside it and costs what it multiplies, no launch and no trip of the tensor through memory.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,14 +23,15 @@ import torch
 from torch.fx import Graph, Node
 
 from lpcompile.joint import insert_call, size_hint
+from lpcompile.kernel_cost import rotation_time
+from lpcompile.recipe import Rotation
+from lpcompile.target import Target
 
 assert __name__ == "lpcompile.passes.place", "import it as lpcompile.passes, not as passes"
 
 aten = torch.ops.aten
 hadamard = torch.ops.lowprec.hadamard.default
 
-# The share of a tensor's traffic that a rotation inside a quantisation costs (measured on GPUs: 2 %).
-_RIDE = 0.02
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _SAME = (aten.alias.default, aten.neg.default, aten.clone.default, torch.ops.prims.convert_element_type.default)
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
@@ -39,9 +41,8 @@ _SWAPS = (aten.permute.default, aten.transpose.int, aten.t.default)
 
 @dataclass(frozen=True)
 class _Kind:
-    """Rotations that may meet: `last` along the last axis, else along all others taken as one; then the op's arguments."""
+    """Rotations that may meet: the op's arguments but for the axis, which a transpose exchanges."""
 
-    last: bool
     rotation: str
     rest: tuple[object, ...] = ()
 
@@ -53,17 +54,30 @@ class _Kind:
         before, after = source.meta["val"].shape, node.meta["val"].shape
         if len(after) != 2 or (before[axis] is not after[axis] and not _equal(before[axis], after[axis])):
             return None
-        return _Kind(axis == 1, str(rotation), tuple(rest))
+        return _Kind(str(rotation), tuple(rest))
 
 
 def _equal(a: object, b: object) -> bool:
     return isinstance(a, int) and isinstance(b, int) and a == b
 
 
-def place(graph: Graph) -> list[str]:
+def place(graph: Graph, target: Target) -> list[str]:
     """Moves and merges the graph's hadamard nodes where that is cheaper; a line for each change, with its reason."""
-    kinds = dict.fromkeys(k for n in graph.nodes if n.target is hadamard and (k := _Kind.of(n)) is not None)
-    return [line for kind in kinds for line in _Network(graph, kind).solve()]
+    found: dict[_Kind, set[bool]] = {}
+    for node in graph.nodes:
+        if node.target is hadamard and (kind := _Kind.of(node)) is not None:
+            found.setdefault(kind, set()).add(_last(node))
+    lines = []
+    for kind, axes in found.items():
+        # Together, for those that meet through a transpose; then each axis, where one tensor is turned along both.
+        for each in [axes, {True}, {False}] if len(axes) == 2 else [axes]:
+            lines += _Network(graph, kind, target, frozenset(each)).solve()
+    return lines
+
+
+def _last(node: Node) -> bool:
+    """True where a hadamard node turns the last axis, False for all others taken as one."""
+    return bool(node.args[1] == 1)
 
 
 @dataclass(frozen=True)
@@ -76,20 +90,24 @@ class _Value:
 
 @dataclass
 class _Network:
-    """One kind of rotation on one graph. `turned`: products whose value is turned; `riders`: forward hadamard nodes."""
+    """One kind of rotation on one graph. `turned`: products whose value is turned; `riders`: forward hadamard nodes; `axis`: of
+    each value whether its last axis is the one in question."""
 
     graph: Graph
     kind: _Kind
+    target: Target
+    axes: frozenset[bool]
     turned: dict[Node, Node] = field(default_factory=dict)
     riders: list[Node] = field(default_factory=list)
     free: dict[Node, bool] = field(default_factory=dict)
+    axis: dict[Node, bool] = field(default_factory=dict)
     made: dict[tuple[Node, bool], Node] = field(default_factory=dict)
     own: set[Node] = field(default_factory=set)
 
     def solve(self) -> list[str]:
         """Cuts, rewrites and says what became of which rotations."""
         for node in self.graph.nodes:
-            if node.target is hadamard and _Kind.of(node) == self.kind:
+            if self._mine(node):
                 if node.args[3] is None:
                     self.riders.append(node)
                 else:
@@ -102,9 +120,12 @@ class _Network:
             return []
         before = len(self.turned) + len(self.riders)
         after = self._rewrite({node for node in self.free if ("value", node) in side})
-        axis = "columns" if self.kind.last else "rows"
-        moved = f"{plain / 1e6:.2f} -> {cost / 1e6:.2f} MB moved"
-        return [f"{self.kind.rotation} along {axis}: {before} -> {after} rotations, {moved}"]
+        axis = "rows and columns" if len(self.axes) == 2 else "columns" if True in self.axes else "rows"
+        why = f"{plain:.1f} -> {cost:.1f} us predicted on {self.target.name}"
+        return [f"{self.kind.rotation} along {axis}: {before} -> {after} rotations, {why}"]
+
+    def _mine(self, node: Node) -> bool:
+        return node.target is hadamard and _last(node) in self.axes and _Kind.of(node) == self.kind
 
     # ---- the network -----------------------------------------------------------------------------------------------
 
@@ -113,27 +134,27 @@ class _Network:
 
         False where one tensor would have to be turned along two axes (a sum of x and its transpose): all stays then.
         """
-        work = [_Value(node, self.kind.last) for node in self.turned]
-        work += [_Value(r.args[0], self.kind.last) for r in self.riders if isinstance(r.args[0], Node)]
-        seen: dict[Node, bool] = {}
+        work = [_Value(node, _last(node)) for node in self.turned]
+        work += [_Value(r.args[0], _last(r)) for r in self.riders if isinstance(r.args[0], Node)]
         while work:
             value = work.pop()
-            if value.node in seen:
-                if seen[value.node] != value.last:
+            if value.node in self.axis:
+                if self.axis[value.node] != value.last:
                     return False
                 continue
-            seen[value.node] = value.last
+            self.axis[value.node] = value.last
             if value.node not in self.turned and self._inputs(value.node, value.last) is not None:
                 self.free[value.node] = value.last
                 work += self._inputs(value.node, value.last) or []
             elif value.node not in self.turned:
                 continue
-            work += [_Value(u, last) for u in value.node.users if (last := _axis_after(u, value)) is not None]
+            users = [user for user in value.node.users if not self._mine(user)]
+            work += [_Value(user, last) for user in users if (last := _axis_after(user, value)) is not None]
         return True
 
     def _inputs(self, node: Node, last: bool) -> list[_Value] | None:
         """The inputs that must be turned for `node`, a commuting op, to come out turned along `last`; None if it is none."""
-        found = list(_turned_inputs(node, last))
+        found = [] if self._mine(node) else list(_turned_inputs(node, last))
         return found or None
 
     def _consumers(self, node: Node) -> Iterator[Node]:
@@ -145,7 +166,7 @@ class _Network:
                 yield user
 
     def _network(self) -> nx.DiGraph:
-        """Capacities in bytes; the source side holds what is turned."""
+        """Capacities in microseconds; the source side holds what is turned."""
         net = nx.DiGraph()
         net.add_node("turned")
         net.add_node("plain")
@@ -155,7 +176,7 @@ class _Network:
             start = "turned" if node in self.turned else ("value", node)
             consumers = list(self._consumers(node))
             # Turned back once, for whoever needs it plain.
-            net.add_edge(start, ("undone", node), capacity=_bytes(node))
+            net.add_edge(start, ("undone", node), capacity=self._time(node))
             for consumer in consumers:
                 net.add_edge(("undone", node), ("value", consumer))
             if len(consumers) < len(node.users):
@@ -167,25 +188,32 @@ class _Network:
                 continue
             end = ("value", source) if source in self.free else "plain"
             # Turned once, for whoever needs it turned; inside the quantisation if that is all.
-            net.add_edge(("redone", source), end, capacity=_bytes(source))
+            net.add_edge(("redone", source), end, capacity=self._time(source))
             for consumer in self._consumers(source):
                 if consumer in self.riders:
-                    net.add_edge(("value", consumer), end, capacity=_RIDE * _bytes(source))
+                    net.add_edge(("value", consumer), end, capacity=self._time(consumer, rides=True))
                 else:
                     net.add_edge(("value", consumer), ("redone", source))
         return net
 
     def _cost_as_it_is(self) -> float:
-        return sum(_bytes(node) for node in self.turned) + sum(_RIDE * _bytes(rider) for rider in self.riders)
+        return sum(map(self._time, self.turned)) + sum(self._time(rider, rides=True) for rider in self.riders)
+
+    def _time(self, node: Node, rides: bool = False) -> float:
+        """Microseconds of turning a tensor, along the axis that its value in the network has."""
+        last = _last(node) if rides else self.axis[node]
+        return _time(self.kind.rotation, node.meta["val"], last, rides, self.target)
 
     # ---- the rewrite -----------------------------------------------------------------------------------------------
 
     def _rewrite(self, held: set[Node]) -> int:
         """Holds the values of `held` turned. Returns how many rotations of this kind are left."""
         positions = {node: index for index, node in enumerate(self.graph.nodes)}
+        # Who needs a held value plain: not those who come to read it in place of a rotation that cancels.
+        plain = {node: [u for u in node.users if u not in self.free and u not in self.riders] for node in held}
         for node in sorted((*self.free, *self.riders), key=positions.__getitem__):
             turned = node in held or node in self.riders
-            last = self.free.get(node, self.kind.last)
+            last = self.free[node] if node in self.free else _last(node)
             inputs = self._inputs(node, last) if node in self.free else [_Value(node.args[0], last)]  # type: ignore[arg-type]
             for value in inputs or ():
                 is_turned = value.node in held or value.node in self.turned
@@ -199,13 +227,11 @@ class _Network:
                     node.replace_input_with(value.node, self._turn(raw, value.last, node, back=False))
                 elif value.node in held:
                     node.replace_input_with(value.node, self._turn(raw, value.last, node, back=True))
-        for node in held:
-            last = self.free[node]
-            for user in list(node.users):
-                if user not in self.free and user not in self.riders and user not in self.own:
-                    user.replace_input_with(node, self._turn(node, last, user, back=True))
+        for node, users in plain.items():
+            for user in users:
+                user.replace_input_with(node, self._turn(node, self.free[node], user, back=True))
         self.graph.eliminate_dead_code()
-        return sum(n.target is hadamard and str(n.args[2]) == self.kind.rotation for n in self.graph.nodes)
+        return sum(map(self._mine, self.graph.nodes))
 
     def _turn(self, source: Node, last: bool, anchor: Node, back: bool) -> Node:
         """`source` turned, or turned back, made before its first reader; of more than two axes by way of a matrix."""
@@ -231,9 +257,13 @@ class _Network:
         return node
 
 
-def _bytes(node: Node) -> float:
-    value = node.meta["val"]
-    return 2.0 * size_hint(value.numel()) * int(value.element_size())
+def _time(rotation: str, value: torch.Tensor, last: bool, rides: bool, target: Target) -> float:
+    cols = size_hint(value.shape[-1])
+    rows = size_hint(value.numel()) // max(cols, 1)
+    return float(rotation_time(_parsed(rotation), rows, cols, int(last), value.element_size(), target, rides))
+
+
+_parsed = functools.cache(Rotation.parse)
 
 
 def _turned_inputs(node: Node, last: bool) -> Iterator[_Value]:
@@ -262,6 +292,8 @@ def _turned_inputs(node: Node, last: bool) -> Iterator[_Value]:
             and _constant(by, last, shape)
         ):
             yield _Value(scaled, last)
+    elif node.target is hadamard and _last(node) != last and isinstance(node.args[0], Node):
+        yield _Value(node.args[0], last)  # rotations of rows and of columns commute
 
 
 def _constant(factor: object, last: bool, shape: list[int]) -> bool:

@@ -56,10 +56,9 @@ _BINARY: dict[Any, str] = {
 }
 _SCALAR: dict[Any, str] = {aten.add.Scalar: "add", aten.sub.Scalar: "sub", aten.mul.Scalar: "mul", aten.div.Scalar: "div"}
 _CONVERT = torch.ops.prims.convert_element_type.default
+RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 _KEPT_ORDER = (
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
+    *RESHAPES,
     aten.unsqueeze.default,
     aten.squeeze.dim,
     aten.squeeze.dims,

@@ -94,7 +94,9 @@ class _Rewriter:
         )
         product = insert_call(self.graph, node, torch.ops.lowprec.scaled_mm.default, args)
         product.meta["lowprec"] = {"site": site.key, "role": str(decision.role)}
-        node.replace_all_uses_with(self._masked(product, node, decision))
+        result = self._masked(product, node, decision)
+        node.replace_all_uses_with(result)
+        self.plan.replaced(node, result)
 
     def _side(self, value: Node, position: int, node: Node, decision: Decision) -> tuple[list[Node], DotOperand]:
         """The parts of one operand, and how the product reads them."""

@@ -36,7 +36,7 @@ def rotate(graph: Graph, plan: Plan) -> None:
             inserter.insert(node, by_node[node])
     if not inserter.asked:
         return
-    moved = place(graph)
+    moved = place(graph, plan.target)
     left = [n for n in graph.nodes if n.target is torch.ops.lowprec.hadamard.default]
     riding = sum(n.args[3] is None for n in left)
     plan.rotations = RotationCount(inserter.asked, riding, len(left) - riding, tuple(moved))
@@ -88,6 +88,7 @@ class _Inserter:
         if bias is not None and undo:
             result = insert_call(self.graph, node, aten.add.Tensor, (result, bias))
         node.replace_all_uses_with(result)
+        self.plan.replaced(node, result)
         self.graph.erase_node(node)
 
     def _turns(self, operand: Operand, position: int, decision: Decision) -> list[_Turn]:

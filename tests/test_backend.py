@@ -216,6 +216,29 @@ def test_no_high_precision_operand_is_saved() -> None:
     assert all(item["info"] for item in saved)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "bits"),
+    [
+        ("quartet", 4 + 8 / 32 + 1),  # codes, E8M0 scales, and one bit of clip mask an element
+        ("quartet-sr", 4 + 8 / 32 + 1),
+        ("quartet2", 4 + 8 / 16),
+        ("halo2-int8", 8),
+        ("mxfp4", 4 + 8 / 32),
+    ],
+)
+def test_backward_keeps_codes_scales_and_mask_bits_only(recipe: str, bits: float) -> None:
+    model, x = Stack().bfloat16(), torch.randn(512, 256, dtype=torch.bfloat16, requires_grad=True)
+    with lp.capture() as traces:
+        compiled(model, recipe=recipe, always=True)(x)
+    saved = [item for item in traces[0].saved if not item["parameter"]]
+    operands = [item for item in saved if item["info"]]
+    assert all(item["dtype"] == "int64" and item["bytes"] == 8 for item in saved if not item["info"])  # the step's seed
+    # MXFP4 quantises the weight for dgrad from the parameter; elsewhere dgrad reads what fprop made of it.
+    elements = 4 * 512 * 256 + (4 * 256 * 256 if recipe != "mxfp4" else 0)
+    scalars = 4 * 2 * 4 if recipe in ("quartet2", "halo2-int8") else 0  # one FP32 scale for each of two tensors
+    assert sum(item["bytes"] for item in operands) == elements * bits / 8 + scalars
+
+
 def test_a_shared_input_is_quantised_once() -> None:
     with lp.capture() as traces:
         compiled(Net(), recipe="fp8-rowwise")(torch.randn(32, 64, requires_grad=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 import lpcompile as lp
 from lpcompile import fused, match, ops
 from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, RequantKernel
+from lpcompile.pipeline import Launch
 
 RECIPES = (
     "fp8-tensorwise",
@@ -78,10 +80,61 @@ def test_fused_graph_means_the_same(recipe: str) -> None:
         code = trace.graph_after("fuse")
         left = r"lowprec\.(quantize|requantize|dequantize|scaled_mm|apply_mask)\.default"
         assert not re.search(left, code), recipe
-        if recipe not in ("halo2-int8", "quartet"):
-            # Rotations back of a sum of gradients stand alone: three became one.
-            assert "lowprec.hadamard" not in code
     assert not torch.equal(grads["layers.0.mlp.up_proj.weight"], grads["layers.0.mlp.gate_proj.weight"])
+
+
+# What stands alone. The gradients of q, k, v and of gate and up are turned back after they were added: once each in place of
+# five times, but of a sum, which is no kernel of ours. HALO turns them along both axes.
+ALONE = {"halo2-int8": {"hadamard": 4}, "quartet": {"hadamard": 2}}
+# Without an instruction for them, codes that forward saved are decoded just before backward's products.
+DECODED = {"mxfp8": {"decode": 4}, "mxfp4": {"decode": 4}, "nvfp4": {"decode": 4}}
+REQUANTS = {"quartet": {"requant": 11}, "quartet2": {"requant": 11}}
+
+
+def sources_read_twice(launches: list[Launch]) -> list[tuple[str, tuple[str, ...]]]:
+    """What several casts of one phase read."""
+    reads = Counter((launch.phase, launch.reads) for launch in launches if launch.family == "cast")
+    return [read for read, count in reads.items() if count > 1]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_kernels_of_a_block(recipe: str, target: str) -> None:
+    if target == "sm_100" and recipe not in BLOCK_SCALED:
+        target = "sm_90"  # the same graph, which is there already
+    launches = block_step(recipe, target)[2].launches
+    families = Counter(launch.family for launch in launches)
+    decoded = DECODED.get(recipe, {}) if target == "sm_90" else {}
+    # Seven layers and a head of three products each, and no rotation, mask, transposition or decoding but these.
+    wanted = {"gemm": 21, "mm": 3, **ALONE.get(recipe, {}), **decoded, **REQUANTS.get(recipe, {})}
+    assert {family: count for family, count in families.items() if family != "cast"} == wanted
+    assert all(not launch.sites for launch in launches if launch.family == "hadamard")  # their results are nobody's operand
+    # Each quantisation reads its source once: no two casts of a phase have the same. Backward quantises weights anew.
+    assert not sources_read_twice(launches)
+    casts = [launch for launch in launches if launch.family == "cast"]
+    forward = [launch for launch in casts if launch.phase == "forward"]
+    assert len(forward) == 7 + 4  # weights; x of q, k, v; of o; of gate and up; of down
+    # The two norms and SwiGLU are computed while their results are quantised, and so is SwiGLU's gradient.
+    assert sum("[r]" in cast.kernel and "[c]" in cast.kernel for cast in forward) == 2
+    (swiglu,) = (cast for cast in forward if "exp(neg(x0))" in cast.kernel)
+    assert {site.rpartition(" ")[0] for site in swiglu.sites} == {"layers.0.mlp.down_proj"}
+    gradients = [cast for cast in casts if cast.phase == "backward" and "prologue" in cast.rules]
+    assert {site.rpartition(" ")[0] for cast in gradients for site in cast.sites} >= {
+        "layers.0.mlp.gate_proj",
+        "layers.0.mlp.up_proj",
+    }
+    # Every product once, every kernel with the rules that made it.
+    sites = Counter(site for launch in launches if launch.family == "gemm" for site in launch.sites)
+    assert len(sites) == 21 and set(sites.values()) == {1}
+    assert all(launch.rules for launch in launches if launch.family not in ("mm", "hadamard"))
+    assert all(launch.moved >= launch.least > 0 and launch.time > 0 for launch in launches)
+
+
+def test_what_is_not_fused_is_listed() -> None:
+    """The list above can show what it denies: on a CPU nothing is fused."""
+    launches = block_step("quartet", "cpu")[2].launches
+    assert Counter(launch.family for launch in launches) > Counter(hadamard=10, apply_mask=13, requant=11)
+    assert sources_read_twice(launches) and not any(launch.rules for launch in launches)
 
 
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])
@@ -126,7 +179,7 @@ def test_quartet_requantises_codes_under_masks() -> None:
     found = kernels(block_graph("quartet", "sm_90"))
     assert sum(isinstance(k, RequantKernel) for k in found) == 11  # seven weights, four inputs
     gemms = [k for k in found if isinstance(k, GemmKernel)]
-    assert sum(k.mask for k in gemms) == 14 and sum(k.undo != (None, None) for k in gemms) == 7
+    assert sum(k.mask for k in gemms) == 14 and sum(k.undo != (None, None) for k in gemms) == 9  # all wgrads; dgrads of o, down
 
 
 def test_bias_and_residual_follow_the_product() -> None:

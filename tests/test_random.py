@@ -131,6 +131,33 @@ def test_unaffected_by_activation_checkpointing() -> None:
     torch.testing.assert_close(gradients(1)[0], gradients(1, checkpointed=True)[0], rtol=1e-5, atol=1e-6)
 
 
+def test_data_parallel_ranks_draw_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one `torch.manual_seed` on all ranks: other noise on each, the same noise again on the same rank."""
+
+    def drawn(rank: int) -> tuple[int, Tensor]:
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+        torch.manual_seed(5)
+        seed = torch.ops.lowprec.draw_seed(torch.zeros(1))
+        return int(seed), philox.uniform(2**14, philox.stream_key(seed, 0))
+
+    ranks = [drawn(rank) for rank in range(4)]
+    assert len({seed for seed, _ in ranks}) == 4
+    assert drawn(2)[0] == ranks[2][0]
+    correlation = torch.corrcoef(torch.stack([noise for _, noise in ranks])) - torch.eye(4)
+    assert correlation.abs().max() < 0.04  # five standard deviations
+    assert torch.corrcoef(torch.stack((drawn(1)[1], ranks[1][1])))[0, 1] > 0.999
+
+
+def test_gradients_differ_between_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = gradients(1)[0]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    assert torch.equal(gradients(1)[0], alone)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert not torch.allclose(gradients(1)[0], alone, rtol=1e-3, atol=1e-3)
+
+
 def test_the_last_blocks_are_kept() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

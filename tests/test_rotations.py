@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import lpcompile as lp
 from lpcompile import ops
 from lpcompile.recipe import Cast, Dot
 from lpcompile.report import Report
+from lpcompile.target import find_target
 
 RECIPES = [r.name for r in lp.RECIPES if not r.empty]
 TURNING = [r.name for r in lp.RECIPES if any(g is not None and (g.rotations or g.codes) for g in (r.fprop, r.dgrad, r.wgrad))]
@@ -99,9 +101,9 @@ def test_a_rotation_that_is_not_undone_shows(recipe: str, monkeypatch: pytest.Mo
 # ---- placement -----------------------------------------------------------------------------------------------------
 
 
-def count(module: nn.Module, recipe: str, *inputs: Tensor) -> Any:
+def count(module: nn.Module, recipe: str, *inputs: Tensor, target: str = "auto") -> Any:
     torch.compiler.reset()
-    options = {"recipe": recipe, "executor": "reference", "always": True, "keep": []}
+    options = {"recipe": recipe, "executor": "reference", "always": True, "keep": [], "target": target}
     with lp.capture() as seen:
         out = torch.compile(module, backend="lowprec", options=options)(*inputs)
         out = out if isinstance(out, Tensor) else out[0]
@@ -130,6 +132,41 @@ def test_gradients_of_one_input_are_turned_back_once() -> None:
     assert any("->" in line for line in rotations.moved)
 
 
+class Scaled(Shared):
+    """Three readers of one tensor, of which two scale it: each row by a factor of its own, or each column."""
+
+    def __init__(self, columns: bool) -> None:
+        super().__init__()
+        self.factor = nn.Buffer(torch.rand(64) + 0.5 if columns else torch.rand(64, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        return torch.cat((self.q(x), self.k(x * self.factor), self.v(x / 2)), -1)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+def test_rotations_move_through_scaling_of_the_other_axis(columns: bool) -> None:
+    rotations = count(Scaled(columns), "halo1", torch.randn(64, 64, requires_grad=True)).plan.rotations
+    # dX of the three is turned back once for all, unless the sum starts with one that is scaled along the axis that was turned.
+    assert rotations.own == 3 + (3 if columns else 1)
+    assert rotations.asked == 18
+
+
+@pytest.mark.parametrize("target", ["sm_90", "cpu"])
+def test_placement_says_what_it_gains_on_the_target(target: str) -> None:
+    """By the cost model: each rotation of its own is a launch at least, and slower on a slower device."""
+    trace = count(Shared(), "halo1", torch.randn(4096, 64, requires_grad=True), target=target)
+    (line,) = trace.plan.rotations.moved
+    found = re.fullmatch(rf"h64 along columns: (\d+) -> (\d+) rotations, ([\d.]+) -> ([\d.]+) us predicted on {target}", line)
+    assert found is not None, line
+    before, after = float(found[3]), float(found[4])
+    assert int(found[2]) < int(found[1])
+    launch = find_target(target).launch
+    assert before - after >= 2 * launch * 0.9  # three of dX became one
+    if target == "cpu":
+        assert before > 20 * launch
+
+
 class Chain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -149,6 +186,26 @@ def test_neighbours_that_cancel_vanish() -> None:
     chain.first.weight.requires_grad_(False)
     rotations = count(chain, recipe, torch.randn(32, 64, requires_grad=True)).plan.rotations
     assert (rotations.asked, rotations.riding, rotations.own) == (4, 1, 1)
+
+
+class Turned(Chain):
+    """A transpose between the layers: the tokens of the second are features of the first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.second(self.first(x).t())
+        return y
+
+
+def test_neighbours_cancel_through_a_transpose() -> None:
+    """The second layer's dX comes turned along its columns, which are the rows of the first layer's dY."""
+    recipe, chain = "dgrad: int8:tensor @ int8:tensor * m:h32 * n:h32", Turned()
+    chain.first.weight.requires_grad_(False)
+    rotations = count(chain, recipe, torch.randn(32, 64, requires_grad=True)).plan.rotations
+    assert rotations.asked == 8
+    # dY of the second, and both weights' columns, ride; dX of the second is turned back along its rows, that of the first
+    # along both axes.
+    assert (rotations.riding, rotations.own) == (3, 3)
+    assert any(line.startswith("h32 along rows: 4 -> 2 rotations") for line in rotations.moved)
 
 
 @pytest.mark.parametrize("recipe", TURNING)

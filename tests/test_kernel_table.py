@@ -1,0 +1,89 @@
+"""The table of kernels: merged lines, totals, text, JSON, and the command that prints it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import lpcompile as lp
+from lpcompile import kernel_table
+from lpcompile.__main__ import main
+from lpcompile.pipeline import Launch
+
+CAST = "cast x0:bf16 = x0 as bf16 -> e4m3:row|1"
+
+
+def launch(layer: int, phase: str = "forward", kernel: str = CAST, moved: float = 300.0) -> Launch:
+    sites = (f"layers.{layer}.fc1 fprop",)
+    return Launch(phase, kernel.partition(" ")[0], kernel, ("8", "16"), moved, 200.0, 3.0, ("cast",), sites, (f"x{layer}",))
+
+
+def build() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 96, bias=False), nn.SiLU(), nn.Linear(96, 64)).to(torch.bfloat16)
+    return model, torch.randn(32, 64, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def report() -> lp.Report:
+    model, x = build()
+    return lp.explain(model, recipe="fp8-rowwise", target="sm_90", always=True)(x)
+
+
+def test_equal_kernels_of_several_layers_are_one_line() -> None:
+    launches = [launch(0), launch(1), launch(1, phase="backward"), launch(2, kernel=CAST + ", e4m3:row|0'")]
+    (both, two), (late, one), (other, alone) = kernel_table.lines(launches)
+    assert (two, one, alone) == (2, 1, 1)
+    assert (both.moved, both.least, both.time, both.sites) == (600.0, 400.0, 6.0, ("layers.*.fc1 fprop",))
+    assert (late, other) == (launches[2], launches[3])
+    assert [line for line, _ in kernel_table.lines(launches, compact=False)] == launches
+    assert "4 (3 forward, 1 backward: 4 cast), 1.2 KiB moved (1.50 times the least), 12 us" in kernel_table.total(launches, "t")
+
+
+def test_the_table_says_what_made_each_kernel_and_for_whom(report: lp.Report) -> None:
+    console = Console(width=400, no_color=True)
+    with console.capture() as captured:
+        console.print(kernel_table.table(report.launches, report.target))
+    lines = [" ".join(line.split()) for line in captured.get().splitlines()]
+    (shared,) = (line for line in lines if line.startswith("forward cast x0:bf16 = ") and "prologue" in line)
+    assert "e4m3:row:up|1, e4m3:row:up|0'" in shared and shared.endswith("cast share prologue 2 fprop, 2 wgrad")
+    assert "32x96" in shared
+    products = [line for line in lines if " gemm " in line]
+    assert len(products) == 5 and sum("32x96x64" in line and line.startswith("forward") for line in products) == 1
+    assert any(line.startswith("backward gemm") and line.endswith("product 0 wgrad") for line in products)
+
+
+def test_kernels_are_in_the_json_and_in_the_totals(report: lp.Report) -> None:
+    found = json.loads(report.to_json())["kernels"]
+    assert len(found) == len(report.launches) > 10
+    (first,) = (k for k in found if k["family"] == "gemm" and k["sites"] == ["0 fprop"])
+    assert first["kernel"].startswith("gemm e4m3:row:up|1 @ e4m3:row:up|1'") and first["sizes"] == ["32", "96", "64"]
+    # Codes and scales in, bf16 out; nothing twice.
+    assert first["moved"] == first["least"] == 32 * 64 + 96 * 64 + 4 * (32 + 96) + 2 * 32 * 96
+    assert first["rules"][0] == "product" and first["phase"] == "forward" and first["time"] > 0
+    line = kernel_table.total(report.launches, "sm_90")
+    assert line in report.totals() and line in report.text(300) and "kernels on sm_90:" in line
+    assert "moved (x least)" not in report.text(300) and "moved (x least)" in report.text(300, kernels=True)
+
+
+def test_products_in_high_precision_are_listed() -> None:
+    model, x = build()
+    launches = lp.explain(model, recipe="none", target="sm_90")(x).launches
+    assert {launch.family for launch in launches} == {"mm", "addmm"}
+    assert sorted(site for launch in launches for site in launch.sites) == [
+        "0 fprop",
+        "0 wgrad",
+        "2 dgrad",
+        "2 fprop",
+        "2 wgrad",
+    ]
+
+
+def test_the_command_lists_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "test_kernel_table:build", "--target", "sm_90", "--kernels", "--always"]) == 0
+    out = capsys.readouterr().out
+    assert "kernels on sm_90" in out and "cast share" in " ".join(out.split())
