@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from lpcompile import launches
 from lpcompile.codegen import emit, module, schedules
 from lpcompile.codegen.example import Example, example, mismatch
 from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
@@ -85,6 +86,7 @@ def settle(kernel: Kernel, sizes: tuple[int, ...], schedule: Schedule) -> None:
     """Notes the schedule that runs in the end."""
     known = _CHOICES[str(kernel), sizes]
     _CHOICES[str(kernel), sizes] = Choice(str(schedule), known.times)
+    launches.RAN_WITH[str(kernel), tuple(map(str, sizes))] = str(schedule)
 
 
 def _measured(

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lpcompile.launches import RAN_WITH
 from lpcompile.pipeline import Launch
 from lpcompile.texts import NUMBER, bytes_text, time_text
 
@@ -42,9 +43,13 @@ def lines(launches: Sequence[Launch], compact: bool = True) -> list[tuple[Launch
 
 
 def table(launches: Sequence[Launch], target: str, compact: bool = True) -> Table:
-    """One line a kernel; equal ones of several layers in one line with their number."""
+    """One line a kernel; equal ones of several layers in one line with their number.
+
+    Of kernels that have run on a GPU in this process: with which schedule, or that torch's own product was faster.
+    """
     found = Table(title=Text(f"kernels on {target}"), box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
     shown = lines(launches, compact)
+    ran_with = [RAN_WITH.get((launch.kernel, launch.sizes), "") for launch, _ in shown]
     counted = any(count > 1 for _, count in shown)
     found.add_column("phase", no_wrap=True)
     if counted:
@@ -57,14 +62,15 @@ def table(launches: Sequence[Launch], target: str, compact: bool = True) -> Tabl
         ("us", True, True),
         ("rules", False, False),
         ("for", False, False),
+        *([("ran with", False, False)] if any(ran_with) else []),
     ):
         found.add_column(name, no_wrap=narrow, justify="right" if right else "left", overflow="fold", min_width=len(name))
-    for launch, count in shown:
+    for (launch, count), schedule in zip(shown, ran_with, strict=True):
         times = f"{bytes_text(launch.moved)} ({launch.moved / launch.least:.2f})" if launch.least else ""
         cells = [launch.phase, *([f"x{count}" if count > 1 else ""] if counted else []), launch.family]
         # The family stands in a column of its own.
         cells += [launch.kernel.removeprefix(f"{launch.family} "), "x".join(launch.sizes), times, time_text(launch.time)]
-        cells += [" ".join(launch.rules), ", ".join(launch.sites)]
+        cells += [" ".join(launch.rules), ", ".join(launch.sites), *([schedule] if any(ran_with) else [])]
         # Text, not markup: kernels and layer names may hold square brackets.
         found.add_row(*(Text(cell) for cell in cells))
     return found

@@ -28,6 +28,8 @@ from lpcompile.target import Target
 from lpcompile.texts import size_text
 
 _ops = torch.ops.lowprec
+# The schedule, or the library's product, that a kernel of some sizes ran with in this process: by its text and `Launch.sizes`.
+RAN_WITH: dict[tuple[str, tuple[str, ...]], str] = {}
 # Drawing a seed is no kernel of a matrix.
 _UNLISTED = (_ops.draw_seed.default,)
 

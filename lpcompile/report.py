@@ -19,6 +19,7 @@ from lpcompile import kernel_table
 from lpcompile.cost import predict
 from lpcompile.errors import OptionError, near_matches
 from lpcompile.joint import size_hint
+from lpcompile.launches import RAN_WITH
 from lpcompile.pipeline import Decision, Launch, RotationCount, Trace
 from lpcompile.recipe import Role
 from lpcompile.texts import NUMBER, bytes_text, size_text, time_text
@@ -257,7 +258,7 @@ class Report:
             "recipe": self.recipe,
             "target": self.target,
             "rows": rows,
-            "kernels": [asdict(launch) for launch in self.launches],
+            "kernels": [{**asdict(each), "ran_with": RAN_WITH.get((each.kernel, each.sizes))} for each in self.launches],
             "reasons": dict(self.reasons()),
             "saved": asdict(self.saved()),
             "notes": self.notes,

@@ -10,9 +10,14 @@ from rich.console import Console
 from torch import nn
 
 import lpcompile as lp
-from lpcompile import kernel_table
+from lpcompile import kernel_table, launches
 from lpcompile.__main__ import main
+from lpcompile.codegen import tune
+from lpcompile.codegen.example import example
+from lpcompile.codegen.source import Schedule
+from lpcompile.kernel import parse
 from lpcompile.pipeline import Launch
+from lpcompile.target import find_target
 
 CAST = "cast x0:bf16 = x0 as bf16 -> e4m3:row|1"
 
@@ -55,6 +60,22 @@ def test_the_table_says_what_made_each_kernel_and_for_whom(report: lp.Report) ->
     products = [line for line in lines if " gemm " in line]
     assert len(products) == 5 and sum("32x96x64" in line and line.startswith("forward") for line in products) == 1
     assert any(line.startswith("backward gemm") and line.endswith("product 0 wgrad") for line in products)
+
+
+def test_what_a_kernel_ran_with_is_said_where_it_ran(report: lp.Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "ran with" not in report.text(400, kernels=True)
+    monkeypatch.setattr(tune, "_CHOICES", {})
+    monkeypatch.setattr(launches, "RAN_WITH", {})
+    monkeypatch.setattr(kernel_table, "RAN_WITH", launches.RAN_WITH)
+    gemm = next(each for each in report.launches if each.family == "gemm" and each.sites == ("0 fprop",))
+    kernel, sizes = parse(gemm.kernel), (32, 96, 64)
+    tune.ranked(kernel, sizes, find_target("sm_90"), torch.device("cpu"), lambda: example(kernel, sizes))
+    tune.settle(kernel, sizes, Schedule((), vendor="scaled_mm"))
+    text = report.text(400, kernels=True)
+    assert "ran with" in text
+    found = [line for line in text.splitlines() if "torch's scaled_mm" in line]
+    products = [line for line in text.splitlines() if " gemm " in line]
+    assert 0 < len(found) < len(products) and all("32x96x64" in line for line in found)
 
 
 def test_kernels_are_in_the_json_and_in_the_totals(report: lp.Report) -> None:
