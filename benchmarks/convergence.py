@@ -71,7 +71,8 @@ class Run:
 @dataclass(frozen=True)
 class Gap:
     """A recipe beside bf16. loss: mean held-out loss; gap: mean of the paired differences, in nats; low, high: its 95 %
-    interval (equal to the gap where there is one seed); relative: the gap as a share of the bf16 loss."""
+    interval (equal to the gap where there is one seed); relative: the gap as a share of the bf16 loss; errors: the gap in
+    standard errors, by the noise of repeated bf16 runs, None without them."""
 
     recipe: str
     seeds: int
@@ -80,6 +81,7 @@ class Gap:
     low: float
     high: float
     relative: float
+    errors: float | None = None
 
 
 def one_run(recipe: str, seed: int, setting: Setting, console: Console) -> Run:
@@ -120,23 +122,21 @@ def gaps(runs: Mapping[tuple[str, int], Run]) -> list[Gap]:
     from scipy.stats import ttest_1samp
 
     recipes = list(dict.fromkeys(recipe for recipe, _ in runs if not recipe.startswith(REPEAT)))
+    bf16 = {seed: _repeats(runs, seed) for seed in {seed for _, seed in runs}}
+    spread = noise(runs)
     found = []
     for recipe in recipes:
         seeds = [seed for name, seed in runs if name == recipe]
-        pairs = [(_loss_of_bf16(runs, seed), runs[recipe, seed].heldout) for seed in seeds]
-        if recipe == BASELINE:
-            pairs = [(bf16, bf16) for bf16, _ in pairs]
+        wanted = [statistics.fmean(bf16[seed]) for seed in seeds]
+        pairs = list(zip(wanted, wanted if recipe == BASELINE else [runs[recipe, seed].heldout for seed in seeds], strict=True))
         differences = [heldout - bf16 for bf16, heldout in pairs]
         gap = low = high = statistics.fmean(differences)
         if len(set(differences)) > 1:
             low, high = ttest_1samp(differences, 0.0).confidence_interval(0.95)
         loss = statistics.fmean(heldout for _, heldout in pairs)
-        found.append(Gap(recipe, len(seeds), loss, gap, float(low), float(high), gap / (loss - gap)))
+        errors = spread and gap / (spread * (1 / len(seeds) + 1 / sum(map(len, bf16.values()))) ** 0.5)
+        found.append(Gap(recipe, len(seeds), loss, gap, float(low), float(high), gap / (loss - gap), errors))
     return sorted(found, key=lambda g: (g.recipe != BASELINE, g.gap))
-
-
-def _loss_of_bf16(runs: Mapping[tuple[str, int], Run], seed: int) -> float:
-    return statistics.fmean(_repeats(runs, seed))
 
 
 def _repeats(runs: Mapping[tuple[str, int], Run], seed: int) -> list[float]:
@@ -186,14 +186,15 @@ def table(found: Sequence[Gap]) -> Table:
     return shown
 
 
-HEADINGS = ("recipe", "seeds", "loss", "gap", "95 %", "relative")
+HEADINGS = ("recipe", "seeds", "loss", "gap", "95 %", "share", "SE")
 
 
 def _cells(gap: Gap) -> tuple[str, ...]:
     if gap.recipe == BASELINE:
-        return gap.recipe, str(gap.seeds), f"{gap.loss:.4f}", "", "", ""
-    interval = f"{gap.low:+.4f} .. {gap.high:+.4f}"
-    return gap.recipe, str(gap.seeds), f"{gap.loss:.4f}", f"{gap.gap:+.4f}", interval, f"{gap.relative:+.2%}"
+        return gap.recipe, str(gap.seeds), f"{gap.loss:.4f}", "", "", "", ""
+    errors = "" if gap.errors is None else f"{gap.errors:+.1f}"
+    interval = f"{gap.low:+.3f} .. {gap.high:+.3f}"
+    return gap.recipe, str(gap.seeds), f"{gap.loss:.4f}", f"{gap.gap:+.4f}", interval, f"{gap.relative:+.2%}", errors
 
 
 def markdown(found: Sequence[Gap]) -> str:

@@ -116,7 +116,7 @@ class _Network:
             return []
         cost, (side, _) = nx.minimum_cut(self._network(), "turned", "plain")
         plain = self._cost_as_it_is()
-        if cost >= plain:
+        if cost > plain - 1e-6:  # not for what only rounding tells apart
             return []
         before = len(self.turned) + len(self.riders)
         after = self._rewrite({node for node in self.free if ("value", node) in side})
