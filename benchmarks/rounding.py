@@ -16,14 +16,17 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from convergence import DEFAULT, Llama, LlamaConfig, Setting, standard_library, windows
+from convergence import DEFAULT, Setting
+from llama import Llama, LlamaConfig
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
+from train_llama import standard_library, windows
 from training import Batch, Optimization, runs_of, train
 
 import lpcompile as lp
@@ -48,10 +51,10 @@ def halves(recipe: lp.Recipe) -> dict[str, lp.Recipe]:
     """The recipe with every block converted: whole, only forward, only backward (which then quantises itself what it would
     have taken from forward's codes)."""
     recipe = replace(recipe, keep_last=0.0)
-    alone = {role: gemm and replace(gemm, codes=False) for role, gemm in (("dgrad", recipe.dgrad), ("wgrad", recipe.wgrad))}
+    dgrad, wgrad = (gemm and replace(gemm, codes=False) for gemm in (recipe.dgrad, recipe.wgrad))
     return {
         "forward": replace(recipe, dgrad=None, wgrad=None),
-        "backward": replace(recipe, fprop=None, **alone),
+        "backward": replace(recipe, fprop=None, dgrad=dgrad, wgrad=wgrad),
         "whole": recipe,
     }
 
@@ -83,7 +86,7 @@ def cost(name: str, model: Llama, batches: Sequence[Batch], exact: tuple[float, 
     loss = 0.0
     for half, recipe in halves(lp.find_recipe(name)).items():
         torch.compiler.reset()
-        options = {"recipe": recipe, "executor": "reference", "always": True}
+        options: dict[str, Any] = {"recipe": recipe, "executor": "reference", "always": True}
         loss, gradients = measured(model, torch.compile(model, backend="lowprec", options=options), batches)
         errors[f"{half}_one"], errors[f"{half}_all"] = error(gradients, exact[1])
     return Cost(name, loss - exact[0], **errors)
