@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from lpcompile import fused
 from lpcompile.errors import KernelError
@@ -162,6 +163,9 @@ def _formed(
     if form not in forms:
         anchor = node if again else origin
         made = _insert(graph, anchor, _call(origin, output), again, origin.meta.get("lowprec"))
+        if weight and output.decoded and not output.cast.random:
+            # The partitioner merges equal calls: without this, backward would be given the values that forward decoded.
+            made.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
         info = {**origin.meta.get("lowprec", {})}
         found = []
         for index, name in enumerate(output.parts):

@@ -114,9 +114,10 @@ class _Network:
                     self.turned[node] = node.args[0]
         if not self._grow() or (not self.free and not any(rider.args[0] in self.turned for rider in self.riders)):
             return []
-        cost, (side, _) = nx.minimum_cut(self._network(), "turned", "plain")
+        # Backwards, so that of equal cuts that next to the products is taken: there a rotation back may ride on a product.
+        cost, (_, side) = nx.minimum_cut(self._network().reverse(), "plain", "turned")
         plain = self._cost_as_it_is()
-        if cost >= plain:
+        if cost > plain - 1e-6:  # not for what only rounding tells apart
             return []
         before = len(self.turned) + len(self.riders)
         after = self._rewrite({node for node in self.free if ("value", node) in side})

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import functools
 import io
+import json
+import pathlib
+import statistics
 from dataclasses import replace
 
 import convergence
 import pytest
-from convergence import BASELINE, Run, Setting, gaps, markdown, one_run, study
+import rounding
+from convergence import BASELINE, REPEAT, Run, Setting, gaps, markdown, noise, one_run, study
 from rich.console import Console
 from training import compiled
 
@@ -82,3 +86,33 @@ def test_a_study_is_resumed_and_paired(tmp_path_factory: pytest.TempPathFactory)
     assert {path: path.stat().st_mtime_ns for path in (folder / "runs").iterdir()} == written
     other = study(["mxfp4"], 1, replace(setting, steps=1), folder, console())
     assert len(other["mxfp4", 0].losses) == 1  # another setting finds none of these
+
+
+def test_gaps_are_measured_against_the_noise_of_training(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """bf16 runs again, one rounding apart: their mean is what gaps are taken to, their spread is what a gap must exceed."""
+    setting = Setting(steps=2, hidden=64, layers=1, batch=2, seq=32, dtype="bf16", executor="reference", heldout=1)
+    folder = tmp_path_factory.mktemp("repeats")
+    runs = study(["none"], 2, setting, folder, console(), repeats=2)
+    bf16 = [[runs[name, seed].heldout for name in (BASELINE, f"{REPEAT}1", f"{REPEAT}2")] for seed in (0, 1)]
+    assert all(len(set(losses)) == 3 for losses in bf16)  # the perturbation is no copy
+    assert all(max(losses) - min(losses) < 1e-2 for losses in bf16)  # and no other start
+    spread = noise(runs)
+    assert spread is not None
+    assert spread**2 == pytest.approx(sum(statistics.variance(losses) for losses in bf16) / 2)
+    found = {g.recipe: g for g in gaps(runs)}
+    assert found.keys() == {BASELINE, "none"}
+    differences = [runs["none", seed].heldout - statistics.fmean(bf16[seed]) for seed in (0, 1)]
+    assert found["none"].gap == pytest.approx(statistics.fmean(differences))
+    assert noise(study(["none"], 2, setting, folder, console())) is None
+
+
+def test_rounding_at_fixed_weights(tmp_path: pathlib.Path) -> None:
+    """`benchmarks/rounding.py`: forward and backward alone and together, FP8 far below FP4, unbiased errors average out."""
+    small = ["--steps", "4", "--hidden", "64", "--layers", "1", "--batch", "2", "--seq", "64", "--heldout", "4"]
+    eight, four = rounding.main(["--recipes", "none,fp8-rowwise,quartet2", *small, "--out", str(tmp_path)])
+    assert (eight.recipe, four.recipe) == ("fp8-rowwise", "quartet2")
+    for cost in (eight, four):
+        assert 0 < max(cost.forward_one, cost.backward_one) < cost.whole_one < cost.forward_one + cost.backward_one
+    assert eight.whole_one < four.whole_one / 2 < 0.25
+    assert four.backward_all < 0.8 * four.backward_one
+    assert json.loads((tmp_path / "rounding.json").read_text())["costs"][1]["recipe"] == "quartet2"

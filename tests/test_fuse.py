@@ -167,7 +167,7 @@ def test_native_operands_lie_along_the_contraction() -> None:
 
 
 def test_saved_tensors_are_codes() -> None:
-    for recipe, target in (("fp8-rowwise", "sm_90"), ("quartet", "sm_90"), ("nvfp4", "sm_100")):
+    for recipe, target in (("fp8-rowwise", "sm_90"), ("quartet", "sm_90"), ("nvfp4", "sm_90"), ("nvfp4", "sm_100")):
         trace = block_step(recipe, target)[2]
         parts = [entry["info"]["part"] for entry in trace.saved if entry["info"]]
         assert "codes" in parts and "values" not in parts, (recipe, parts)

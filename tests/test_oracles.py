@@ -339,6 +339,32 @@ def test_quartet_constant_row(value: float) -> None:
     assert unpack_bits(q.mask, 32).all()
 
 
+def test_quartet_dominant_outlier() -> None:
+    """Section 7.7: an outlier in a channel that the rotation spreads evenly loses its row by the paper's rule."""
+    x, h = torch.zeros(1, 32), sylvester(32) / 32**0.5
+    x[0, 0], x[0, 5], x[0, 9] = 10.0, -1.0, 0.5
+    q, restored, _ = quantized(x @ h, "e2m1:1x32:e8m0:questpaper")
+    assert_sensitive(restored @ h.T, torch.cat((torch.tensor([[2.1213]]), torch.zeros(1, 31)), 1), atol=1e-4)
+    assert q.mask is not None
+    assert not unpack_bits(q.mask, 32).any()
+    assert relative_error(quantized(x @ h, "e2m1:1x32:e8m0:quest")[1] @ h.T, x) < 0.1
+
+
+def test_quartet_factor_and_exponent() -> None:
+    """Section 7.8: 16/9 on the product with the stored exponents e - 2 is 1/9 with e, exactly; section 2.2: no saturation."""
+    quant = Quant.parse("e2m1:1x32:e8m0:matched")
+    a, b = (quantized(torch.randn(8, 32), str(quant)) for _ in range(2))
+    products = []
+    for shift, factor in ((1.0, 16.0), (4.0, 1.0)):
+        left, right = (code_values(q.codes, quant, 32).double() * decode_scale(q.scale).double() * shift for q, _, _ in (a, b))
+        products.append(left @ right.T * factor)
+    assert torch.equal(*products)
+    assert relative_error(a[1].double() @ b[1].double().T, products[0] / 9) < 1e-7
+    _, restored, codes = quantized([1.2] + [0.0] * 31, "e2m1:1x32:e8m0:matched")
+    assert codes[0, 0].item() == 6  # 3 * 1.2 = 3.6 to 4; from the exponent of 0.75 * 1.2 it would be 7.2, beyond 6
+    assert restored[0, 0].item() == pytest.approx(4 / 3)
+
+
 def test_quartet_mask_is_strict() -> None:
     """What lands on the largest code exactly is not passed."""
     row = torch.ones(1, 32)
@@ -430,3 +456,22 @@ def test_nvfp4_square_blocks_serve_both_directions() -> None:
     assert relative_error(forward - backward + w, w) == pytest.approx(0.131, rel=0.03)
     assert relative_error(forward, w) == pytest.approx(0.0953, rel=0.02)
     assert relative_error(quantized(w, "e2m1:16x16:e4m3+f32")[1], w) == pytest.approx(0.1114, rel=0.02)
+
+
+def test_mxfp4_scales_rounded_up_leave_codes_unused() -> None:
+    """Section 6.10: just above 3 the scale is 1, so that the largest code is 3 and the codes of 4 and 6 stay unused."""
+    row = torch.linspace(0, 3.01, 32)
+    q, restored, codes = quantized(row, "e2m1:1x32:e8m0:up")
+    assert decode_scale(q.scale).item() == 1.0
+    assert (codes.max().item(), restored.max().item()) == (5, 3.0)
+    assert quantized(row * (2.99 / 3.01), "e2m1:1x32:e8m0:up")[2].max().item() == 7
+
+
+def test_nvfp4_constant_gradient_needs_no_noise() -> None:
+    """Section 6.12: a turned constant lies on the grid, so that stochastic rounding does not show; a random one does."""
+    signs = torch.tensor([-1.0 if 0xD7E8 >> i & 1 else 1.0 for i in range(16)])
+    quant = Quant.parse("e2m1:1x16:e4m3+f32:sr")
+    for x, same in ((torch.ones(64, 16), True), (torch.randn(64, 16), False)):
+        turned = x @ (signs[:, None] * sylvester(16) / 4)
+        draws = [quantize(turned, quant, 1, torch.full_like(turned, noise)).codes for noise in (0.01, 0.99)]
+        assert torch.equal(*draws) == same
