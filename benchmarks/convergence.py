@@ -217,7 +217,7 @@ def write(runs: Mapping[tuple[str, int], Run], found: Sequence[Gap], setting: Se
     paths[1].write_text(markdown(found))
     curves = []
     for recipe in dict.fromkeys(name for name, _ in runs if not name.startswith(REPEAT)):
-        losses = [run.losses for (name, _), run in runs.items() if name == recipe]
+        losses = [run.losses for (name, _), run in runs.items() if name.partition("~")[0] == recipe]
         curves.append(Outcome(recipe, [statistics.fmean(step) for step in zip(*losses, strict=True)], 0.0))
     plot_losses(curves, paths[2])
     return paths
