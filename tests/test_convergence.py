@@ -1,7 +1,7 @@
 """The convergence gate: a short paired training run in FP32 and under each recipe, seeded. `benchmarks/convergence.py` is long.
 
 The held-out loss after 60 steps may exceed that of the run without us by a bound that was measured first (worst gap of seeds
-0, 1 and 2 beside each). A recipe that is broken on purpose fails the same gate.
+0, 1 and 2 beside each). A recipe that is broken on purpose fails the same gate: 0.035, 0.033 and 0.021.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SETTING = Setting(
     steps=60, hidden=64, layers=2, batch=8, seq=64, learning_rate=2e-3, dtype="fp32", executor="reference", heldout=4
 )
 BOUNDS = {
-    "fp8-rowwise": 0.005,
-    "int8-rowwise": 0.005,
-    "halo2-int8": 0.005,
-    "mxfp4": 0.02,
-    "nvfp4": 0.015,
-    "quartet2": 0.015,
+    "fp8-rowwise": 0.005,  # 0.0001
+    "int8-rowwise": 0.005,  # 0.0010
+    "halo2-int8": 0.005,  # 0.0014
+    "mxfp4": 0.02,  # 0.0140
+    "nvfp4": 0.015,  # 0.0016
+    "quartet2": 0.015,  # 0.0108
 }
 PER_TENSOR = "e2m1:tensor @ e2m1:tensor"
 BROKEN = f"fprop: {PER_TENSOR}; dgrad: {PER_TENSOR}; wgrad: {PER_TENSOR}"
