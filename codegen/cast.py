@@ -187,7 +187,8 @@ class _Emitter:
         bases = any(turner.bases for turner in self.turners)
         imports = "import torch\nimport triton\nimport triton.language as tl\n"
         if bases:
-            imports = f"import functools\n\n{imports}\nfrom lpcompile.hadamard import rotation_matrix\n"
+            needed = "import functools\nfrom concurrent.futures import ThreadPoolExecutor\n"
+            imports = f"{needed}\n{imports}\nfrom lpcompile.hadamard import rotation_matrix\n"
         top = [
             header(self.kernel, self.sizes, self.target, self.schedule),
             imports,

@@ -233,6 +233,10 @@ def _finished(plan: Plan) -> Lines:
     ]
 
 
+# What a module with base matrices imports.
+IMPORTS = ("import functools", "from concurrent.futures import ThreadPoolExecutor")
+
+
 def _constant(order: int) -> Lines:
     """A base matrix, a row a number: bit j is set where entry j is -1."""
     rows = [sum(1 << j for j, sign in enumerate(row) if sign < 0) for row in hadamard.base_matrix(order).tolist()]
@@ -250,11 +254,9 @@ def _constant(order: int) -> Lines:
         "    made = torch.tensor(signs, dtype=torch.int8)",
         '    if device.type != "cuda":',
         "        return made.to(device)",
-        "    # It outlives the call: on a stream of its own it is not made in the memory of a CUDA graph that warms up.",
-        "    with torch.cuda.stream(torch.cuda.Stream(device)):",
-        "        made = made.to(device)",
-        "        torch.cuda.current_stream(device).synchronize()",
-        "    return made",
+        "    # It outlives the call: a CUDA graph that warms up takes all memory of this thread, so another one makes it.",
+        "    with ThreadPoolExecutor(1) as other:",
+        "        return other.submit(made.to, device).result()",
         "",
         "",
     ]

@@ -63,7 +63,9 @@ def _fp8(plan: Plan) -> str:
         blocks = {o.side.outer_block() for o in plan.operands}
         return "scaled_mm" if blocks in ({0}, {1}) else ""
     groups = {(o.group, o.side.outer_block()) for o in plan.operands}
-    hopper = plan.target.name == "sm_90" and plan.sizes.divides(128, 2) and not plan.kernel.bias
+    # Its scales lie along the outer axes, in rows of 16 bytes.
+    rows = plan.sizes.divides(16, 0) and plan.sizes.divides(128, 2)
+    hopper = plan.target.name == "sm_90" and rows and not plan.kernel.bias
     return "blockwise" if groups == {(128, 1)} and hopper else ""
 
 

@@ -282,8 +282,6 @@ def base_matrix(order, size, device):
     signs = torch.nn.functional.pad(signs, (0, size - order, 0, size - order)).to(torch.bfloat16)
     if device.type != "cuda":
         return signs.to(device)
-    # It outlives the call: on a stream of its own it is not made in the memory of a CUDA graph that warms up.
-    with torch.cuda.stream(torch.cuda.Stream(device)):
-        made = signs.to(device)
-        torch.cuda.current_stream(device).synchronize()
-    return made'''
+    # It outlives the call: a CUDA graph that warms up takes all memory of this thread, so another one makes it.
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(signs.to, device).result()'''
