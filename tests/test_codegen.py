@@ -5,6 +5,11 @@ from __future__ import annotations
 import cross_compile
 import pytest
 
+from lpcompile.codegen.gemm_vendor import vendor_schedules
+from lpcompile.codegen.source import Sizes
+from lpcompile.kernel import GemmKernel, parse
+from lpcompile.target import find_target
+
 TARGETS = cross_compile.TARGETS
 # All products on Hopper and Blackwell; elsewhere what is not the same text once more.
 PRODUCTS = {
@@ -27,3 +32,11 @@ def test_compiles_as_designed(family: str, name: str, target: str):
     for row in cross_compile.rows(family, name, target):
         assert row.faults == (), f"{row.family} {row.name} on {row.target}"
         assert row.compiled is not None and 0 < row.compiled.registers <= 255
+
+
+@pytest.mark.parametrize("rows, offered", [(256, ["blockwise"]), (1, []), (129, [])])
+def test_the_librarys_blockwise_product_needs_aligned_scales(rows: int, offered: list[str]) -> None:
+    kernel = parse("gemm e4m3:1x128|1 @ e4m3:1x128|1' -> bf16")
+    assert isinstance(kernel, GemmKernel)
+    found = vendor_schedules(kernel, Sizes.of(rows, 64, 1024), find_target("sm_90"))
+    assert [schedule.vendor for schedule in found] == offered
