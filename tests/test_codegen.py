@@ -34,7 +34,7 @@ def test_compiles_as_designed(family: str, name: str, target: str):
         assert row.compiled is not None and 0 < row.compiled.registers <= 255
 
 
-@pytest.mark.parametrize("rows, offered", [(256, ["blockwise"]), (1, []), (129, [])])
+@pytest.mark.parametrize(("rows", "offered"), [(256, ["blockwise"]), (1, []), (129, [])])
 def test_the_librarys_blockwise_product_needs_aligned_scales(rows: int, offered: list[str]) -> None:
     kernel = parse("gemm e4m3:1x128|1 @ e4m3:1x128|1' -> bf16")
     assert isinstance(kernel, GemmKernel)
