@@ -1,8 +1,7 @@
 """The `lowprec::` operators on CUDA tensors: each is a Kernel, emitted, loaded and chosen on the first call with its sizes.
 
-install() attaches them; nothing happens on import. After the first call an operator costs one look-up in front of Triton's
-own launch (LPCOMPILE_QUICK=1: of one of our own): no synchronisation, no memory but torch's allocator's, nothing that a CUDA
-graph could not capture. What cannot be
+install() attaches them; nothing happens on import. After the first call an operator costs one look-up in front of `quick`'s
+launch: no synchronisation, no memory but torch's allocator's, nothing that a CUDA graph could not capture. What cannot be
 generated (batches, float64, a kernel that failed its self-test) runs as the reference and says so once.
 
 With TRITON_INTERPRET=1 in the environment the same is attached for CPU tensors, and Triton interprets the kernels.
@@ -133,8 +132,7 @@ def _chosen(kernel: Kernel, call: Example) -> Launch:
     target = find_target("interpret" if device.type == "cpu" else "auto", device)
     source = trusted(kernel, kernel_sizes(kernel, call.inputs, call.sizes), target, device, lambda: call)
     generated = module.load(source)
-    hurried = device.type == "cuda" and os.environ.get("LPCOMPILE_QUICK") == "1"
-    launch: Launch = quick(generated) if hurried else generated.launch
+    launch: Launch = quick(generated) if device.type == "cuda" else generated.launch
     return launch
 
 
