@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
     add("--out", type=Path, default=Path("out/device"))
     add("--budget", type=float, default=defaults.budget, help="seconds a part may take")
     add("--minutes", type=float, default=defaults.minutes, help="of training per recipe, as bf16 takes them")
+    add("--seeds", type=int, default=defaults.seeds, help="of initial weights in training")
     add("--torchao-wheel", type=Path, help="a wheel or an unpacked folder")
     add("--quick", action="store_true", help="fewer shapes and contenders")
     add("--graphs", action="store_true", help="every contender under CUDA graphs")
@@ -80,6 +81,7 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
         args.always,
         args.profile,
         torchao,
+        args.seeds,
     )
     return [PARTS[name] for name in args.only.split(",")], settings
 

@@ -204,20 +204,22 @@ E2E = Part("e2e", _e2e_cases, _e2e_run, _e2e_lines, fresh=True, limit=420)
 
 
 def _train_cases(settings: Settings) -> list[Case]:
-    names = [BASELINE, *settings.recipes[: 2 if settings.quick or settings.dry else None]]
-    return [{"name": name, "contender": name} for name in names]
+    names = [BASELINE, *settings.recipes[:2]] if settings.quick or settings.dry else contenders(settings)
+    seeds = range(settings.seeds)
+    return [{"name": f"{name}, seed {seed}", "contender": name, "seed": seed} for seed in seeds for name in names]
 
 
 def _train_run(case: Case, settings: Settings, before: list[Row]) -> Row:
-    """The example Llama (101 M parameters) on Python's own source: every recipe the same weights, batches and steps."""
+    """The example Llama (101 M parameters) on Python's own source: every recipe the same batches and steps, and of one seed
+    the same weights."""
     sys.path.insert(0, str(ROOT / "examples"))
     from llama import Llama, LlamaConfig
     from train_llama import standard_library, windows
     from training import Optimization
 
     hidden, layers, batch, seq = (64, 1, 2, 32) if settings.dry else (1024, 9, 32, 1024)
-    first = next((r for r in before if r.get("contender") == BASELINE and "steps" in r), None)
-    torch.manual_seed(0)
+    baselines = [row for row in before if row.get("contender") == BASELINE and "steps" in row]
+    torch.manual_seed(case["seed"])
     model = Llama(LlamaConfig.sized(hidden, layers, seq=seq)).to(torch.bfloat16).to(settings.device)
     step_model = compiled(model, case["contender"], settings)
     parameters = list(model.parameters())
@@ -243,7 +245,7 @@ def _train_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     synchronize(settings.device)
     compile_s = time.perf_counter() - started
     probe = statistics.median(_step_times(lambda: void(step(0, 0.0)), 5, settings))
-    steps = int(first["steps"]) if first else 4 if settings.dry else max(20, int(60e3 * settings.minutes / probe))
+    steps = int(baselines[0]["steps"]) if baselines else 4 if settings.dry else max(20, int(60e3 * settings.minutes / probe))
     torch.manual_seed(0)
     started = time.perf_counter()
     losses = [step(index, optimization.rate(index, steps)) for index in range(steps)]
@@ -253,7 +255,7 @@ def _train_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     heldout = _heldout(step_model, windows(heldout_bytes, 2 if settings.dry else 16, batch, seq, 0), settings)
     row: Row = {"steps": steps, "loss": statistics.fmean(curve[-max(1, steps // 20) :]), "heldout": heldout, "curve": curve}
     row |= {"ms": 1e3 * seconds / steps, "compile_s": compile_s}
-    row["gap"] = heldout - first["heldout"] if first else 0.0
+    row["gap"] = next((heldout - each["heldout"] for each in baselines if each["seed"] == case["seed"]), 0.0)
     return row | {"detail": launches()}
 
 

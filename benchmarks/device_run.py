@@ -48,7 +48,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Settings:
     """What every part is told. budget: seconds a part may take; minutes: of training per recipe, in bf16's time; graphs: under
-    CUDA graphs; always: also where low precision is predicted slower; torchao: a folder or wheel to import it from."""
+    CUDA graphs; always: also where low precision is predicted slower; torchao: a folder or wheel to import it from;
+    seeds: of training."""
 
     out: str
     recipes: tuple[str, ...] = RECIPES
@@ -61,6 +62,7 @@ class Settings:
     always: bool = False
     profile: bool = False
     torchao: str = ""
+    seeds: int = 1
 
     @property
     def device(self) -> torch.device:
