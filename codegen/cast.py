@@ -159,6 +159,7 @@ class _Emitter:
             for index, each in members
         ]
         self._add(plain, turner.extents, views, f"_{first}", "")
+        self.groups[-1].let_peak(turner.raise_peak)
 
     def _add(
         self,

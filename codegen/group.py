@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lpcompile.codegen.extents import Extent
@@ -85,6 +86,12 @@ class Group:
     def peaks_count(self) -> str:
         """Length of the buffer of peaks, as launchers write it."""
         return " + ".join(each.count for each in self.distinct)
+
+    def let_peak(self, raised: Callable[[str], None]) -> None:
+        """Where the only amax is the whole matrix's, leaves it to the kernel that writes it. raised: tells that the name."""
+        if [peaks.block for peaks in self.distinct] == [(0, 0)]:
+            del self.kernels[0]
+            raised(self.peaks_name)
 
     @property
     def texts(self) -> list[str]:

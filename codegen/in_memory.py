@@ -2,7 +2,7 @@
 
 A rotation of n = K * 2^p is a Kronecker product. Along a row, one program turns whole blocks: it multiplies by one factor after
 another, each time the last axis, and passes that axis to the front. Along a column, each factor is a pass over the matrix.
-What lies between two passes is FP32; the last one rounds.
+What lies between two passes is FP32; the last one rounds, and finds the amax where it is the whole matrix's.
 """
 
 from __future__ import annotations
@@ -98,6 +98,7 @@ class Turner:
         self.functions: list[Function] = []
         self.scratch: list[tuple[str, torch.dtype, tuple[Extent, Extent]]] = []
         self.bases: list[int] = []
+        self._stored = "", ""  # what the last kernel stores, and where
 
     def emit(self, load: LoadOf, extents: tuple[Extent, Extent]) -> None:
         """load: makes an origin for a tile of this shape. extents: of the matrix that is read."""
@@ -121,6 +122,14 @@ class Turner:
             self.scratch.append((target, dtype, written))
             source, extents = target, written
         self.extents = extents
+
+    def raise_peak(self, peaks: str) -> None:
+        """Lets the last kernel raise the amax of the whole matrix (its bits, 0 before)."""
+        value, inside = self._stored
+        bits = f"{self.fragments.magnitude_bits()}({value})"
+        bits = f"tl.where({inside}, {bits}, 0)" if inside else bits
+        function = self.passes[-1].function
+        function.add(f'tl.atomic_max({function.take(peaks)}, tl.max({bits}), sem="relaxed")')
 
     # ---- along rows ----------------------------------------------------------------------------------------------
 
@@ -170,6 +179,7 @@ class Turner:
             [f"(col < {block})"] if width != block else []
         )
         mask = f", mask={' & '.join(checks)}" if checks else ""
+        self._stored = value, " & ".join(checks)
         row = "row.to(tl.int64)" if self.fragments.wide else "row"
         function.add(f"tl.store({function.take(target)} + {row} * {cols.text} + (col0 + col), {value}{mask})")
         function.take(*self.sizes)
@@ -225,11 +235,20 @@ class Turner:
         if first:
             place = f"row0 % {rotation.block} + tl.arange(0, {height})"
             self._sign(rotation, 0, place, "[:, None]", function, given)
-        product = product_fragment(given, self.fragments)
-        function.add(f"x = tl.trans({product}(tl.trans(x), {self._matrix(factor, function)}))")
+        matrix = self._matrix(factor, function)
+        # FP32 is multiplied as it lies in memory: transposed, its three parts took 234 registers in place of 90. BF16 is not:
+        # there the transposed product is the smaller one.
+        left = given == torch.float32
+        product = product_fragment(given, self.fragments, left)
+        if left:
+            function.add(f"x = {product}(x, {f'tl.trans({matrix})' if factor.base else matrix})")
+        else:
+            function.add(f"x = tl.trans({product}(tl.trans(x), {matrix}))")
         if final:
             function.add(f"x = x * {1 / math.sqrt(rotation.block)!r}")
-        function.add(f"tl.store({function.take(target)} + {offset}, {self.fragments.rounded('x', dtype)}{mask})")
+        value = self.fragments.rounded("x", dtype)
+        self._stored = value, " & ".join(checks)
+        function.add(f"tl.store({function.take(target)} + {offset}, {value}{mask})")
         function.take(*self.sizes)
         grid = f"{rows.blocks(size).host} * {cols.blocks(width).host}"
         self.passes.append(Pass(function, grid, 8))

@@ -128,22 +128,28 @@ def upper(x):
 '''
 
 
-def product_fragment(dtype: torch.dtype, fragments: Fragments) -> str:
-    """A function (x, matrix of small integers in FP32) -> their product in FP32, for an x of this dtype."""
+def product_fragment(dtype: torch.dtype, fragments: Fragments, left: bool = False) -> str:
+    """A function (x, matrix of small integers in FP32) -> their product in FP32, for an x of this dtype. left: the matrix comes
+    first."""
+
+    def dot(x: str, matrix: str, rest: str = "") -> str:
+        return f"tl.dot({', '.join([matrix, x] if left else [x, matrix])}{rest})"
+
     if fragments.interpreted:
-        body = '    return tl.dot(x.to(tl.float32), matrix, input_precision="ieee")'
+        body = "    return " + dot("x.to(tl.float32)", "matrix", ', input_precision="ieee"')
     elif dtype == torch.float32:
         fragments.add("upper", UPPER)
-        body = """    # Three BF16 numbers hold an FP32 one exactly.
+        total = dot("high", "matrix", ", " + dot("middle", "matrix", ", " + dot("low", "matrix")))
+        body = f"""    # Three BF16 numbers hold an FP32 one exactly.
     high = upper(x)
     rest = x - high.to(tl.float32)
     middle = upper(rest)
     low = upper(rest - middle.to(tl.float32))
     matrix = matrix.to(tl.bfloat16)
-    return tl.dot(high, matrix, tl.dot(middle, matrix, tl.dot(low, matrix)))"""
+    return {total}"""
     else:
-        body = "    return tl.dot(x, matrix.to(x.dtype))"
-    text = f'''def product(x, matrix):
-    """x times a matrix of +-1, summed in FP32."""
+        body = f"    return {dot('x', 'matrix.to(x.dtype)')}"
+    text = f'''def {"product_left" if left else "product"}(x, matrix):
+    """{"A matrix of +-1 times x" if left else "x times a matrix of +-1"}, summed in FP32."""
 {body}'''
-    return fragments.numbered("product", text)
+    return fragments.numbered("product_left" if left else "product", text)

@@ -159,6 +159,13 @@ def _spans(output: Output) -> bool:
     return quant.outer is not None or 0 in (quant.block.rows, quant.block.cols)
 
 
+def _peaks_in_turn(output: Output) -> bool:
+    """True where the pass that turns a matrix finds the only amax, the whole matrix's, on the way."""
+    quant = output.cast.quant
+    whole = quant.outer is not None or (quant.block.rows, quant.block.cols) == (0, 0)
+    return whole and bool(_cast_passes(output.cast.rotations))
+
+
 def _of_rows(output: Output) -> bool:
     """True where each row of the matrix that is read has a scale."""
     quant = output.cast.quant
@@ -178,7 +185,7 @@ def _in_row(output: Output) -> bool:
 def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any) -> Cost:
     """A Cast or a Requant. first: bytes of its inputs; again: of the least that a second read takes; kept: written besides."""
     twice = any(map(_spans, outputs))
-    needed = any(_spans(output) and not _held(output, cols) for output in outputs)
+    needed = any(_spans(output) and not _held(output, cols) and not _peaks_in_turn(output) for output in outputs)
     elements = rows * cols
     written = kept + _output_bytes(outputs, rows, cols)
     minimum = first + (again if needed else 0) + written
@@ -186,7 +193,8 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
     if all(map(_in_row, outputs)):
         # Rows are all that scales span, and a program holds them.
         reads = sympy.Piecewise((1, cols <= ROW), (2, True)) if isinstance(cols, sympy.Expr) else 1 if cols <= ROW else 2
-    turned, launches = 0, reads
+    turned: Any = 0
+    launches = reads if any(_spans(output) and not _peaks_in_turn(output) for output in outputs) else 1
     read: Any = 0
     turns = {output.cast.rotations for output in outputs}
     for pair in turns:
@@ -194,8 +202,10 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         orders = [order for order, _ in passes] or [turn.block for turn in pair if turn is not None]
         # Inside a cast every tile is turned for the amax and again for the codes; in memory it stays turned.
         turned += 2 * elements * sum(orders) * (1 if passes else reads)
-        # The matrix that was turned in memory is what the amax and the codes are read from.
-        read += sum(taken for _, (taken, _) in passes) * elements + (2 * reads * elements if passes else 0)
+        # The matrix that was turned in memory is what the codes are read from, and the amax, unless the last pass finds it.
+        own = [output for output in outputs if output.cast.rotations == pair]
+        again = 2 if any(_spans(output) and not _peaks_in_turn(output) for output in own) else 1
+        read += sum(taken for _, (taken, _) in passes) * elements + (2 * again * elements if passes else 0)
         written += sum(made for _, (_, made) in passes) * elements
         launches += len(passes)
     # What is not turned in memory shares the reads of the source.

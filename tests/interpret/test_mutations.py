@@ -16,8 +16,9 @@ from lpcompile.target import find_target
 
 CAST = "cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1"
 GEMM = "gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16"
+MEMORY = "cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h448"
 TURNED = "cast x0:bf16 = x0 as bf16 -> e4m3:1x32:e8m0:up|1|1:h32drawn, e4m3:1x32:e8m0:up|0|0:h32drawn'"
-TILES = {CAST: (32, 128), GEMM: (32, 32, 128), TURNED: (32, 64)}
+TILES = {CAST: (32, 128), GEMM: (32, 32, 128), TURNED: (32, 64), MEMORY: (32, 128)}
 
 
 def generated(text: str, sizes: tuple[int, ...]) -> Source:
@@ -46,6 +47,7 @@ PLANTED = {
     "no mask on the tail (cast)": (CAST, (40, 300), r"(tl\.load\(.*), mask=.*, other=0(?:\.0)?\)", r"\1)"),
     "the signs of the other operand": (TURNED, (40, 96), r"spins\[1\]", "spins[2]"),
     "signs behind the rotation": (TURNED, (40, 96), r"(drawn_signs\(stream_key.*32\))\[:, None\]", r"\1[None, :]"),
+    "the smallest for the amax (turned in memory)": (MEMORY, (200, 440), r"(atomic_max\(peaks\w*, )tl\.max", r"\1tl.min"),
     "no mask on the tail (product)": (GEMM, (72, 200, 300), r"(tl\.load\(\w_tile[^,]*), mask=[^=]*other=0(?:\.0)?\)", r"\1)"),
 }
 
