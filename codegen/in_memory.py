@@ -235,15 +235,7 @@ class Turner:
         if first:
             place = f"row0 % {rotation.block} + tl.arange(0, {height})"
             self._sign(rotation, 0, place, "[:, None]", function, given)
-        matrix = self._matrix(factor, function)
-        # FP32 is multiplied as it lies in memory: transposed, its three parts took 234 registers in place of 90. BF16 is not:
-        # there the transposed product is the smaller one.
-        left = given == torch.float32
-        product = product_fragment(given, self.fragments, left)
-        if left:
-            function.add(f"x = {product}(x, {f'tl.trans({matrix})' if factor.base else matrix})")
-        else:
-            function.add(f"x = tl.trans({product}(tl.trans(x), {matrix}))")
+        self._multiply_columns(factor, given, function)
         if final:
             function.add(f"x = x * {1 / math.sqrt(rotation.block)!r}")
         value = self.fragments.rounded("x", dtype)
@@ -252,6 +244,20 @@ class Turner:
         function.take(*self.sizes)
         grid = f"{rows.blocks(size).host} * {cols.blocks(width).host}"
         self.passes.append(Pass(function, grid, 8))
+
+    def _multiply_columns(self, factor: Factor, given: torch.dtype, function: Function) -> None:
+        """Adds the product of a tile of this dtype with a factor of its columns.
+
+        FP32 is multiplied as it lies in memory: transposed, its three parts took 234 registers in place of 90. BF16 is not:
+        there the transposed product is the smaller one.
+        """
+        matrix = self._matrix(factor, function)
+        left = given == torch.float32
+        product = product_fragment(given, self.fragments, left)
+        if left:
+            function.add(f"x = {product}(x, {f'tl.trans({matrix})' if factor.base else matrix})")
+        else:
+            function.add(f"x = tl.trans({product}(tl.trans(x), {matrix}))")
 
     # ---- what both share -----------------------------------------------------------------------------------------
 
