@@ -65,6 +65,8 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
     args = parser.parse_args(argv)
     if unknown := set(args.only.split(",")) - PARTS.keys():
         parser.error(f"no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if args.seeds < 1:
+        parser.error(f"--seeds {args.seeds}: training takes at least one")
     if not args.dry_run and not torch.cuda.is_available():
         parser.error("there is no CUDA device here; --dry-run tries the script itself")
     args.out.mkdir(parents=True, exist_ok=True)

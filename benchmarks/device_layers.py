@@ -256,6 +256,8 @@ def _train_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     row: Row = {"steps": steps, "loss": statistics.fmean(curve[-max(1, steps // 20) :]), "heldout": heldout, "curve": curve}
     row |= {"ms": 1e3 * seconds / steps, "compile_s": compile_s}
     row["gap"] = next((heldout - each["heldout"] for each in baselines if each["seed"] == case["seed"]), 0.0)
+    if settings.profile:
+        row["profile"] = profiled(lambda: void(step(0, 0.0)), settings)
     return row | {"detail": launches()}
 
 

@@ -88,7 +88,7 @@ class Group:
         return " + ".join(each.count for each in self.distinct)
 
     def let_peak(self, raised: Callable[[str], None]) -> None:
-        """Where the only amax is the whole matrix's, leaves it to the kernel that writes it. raised: tells that the name."""
+        """Where the only amax is the whole matrix's, leaves it to the kernel that writes it. raised: takes its name."""
         if [peaks.block for peaks in self.distinct] == [(0, 0)]:
             del self.kernels[0]
             raised(self.peaks_name)

@@ -93,6 +93,17 @@ def test_what_is_not_reached_is_named(tmp_path: Path) -> None:
     assert [row["error"] for row in rows] == ["not reached in time"] * 2
 
 
+def test_training_over_seeds(tmp_path: Path) -> None:
+    part, how, rows = device.PARTS["train"], settings(tmp_path, seeds=2), []
+    for case in part.cases(how):
+        rows.append(case | part.run(case, how, rows))
+    assert [(row["contender"], row["seed"]) for row in rows] == [(c, seed) for seed in (0, 1) for c in ("bf16", "fp8-rowwise")]
+    first, ours, second, theirs = (row["heldout"] for row in rows)
+    assert first != second  # other weights
+    assert [row["gap"] for row in rows] == [0.0, ours - first, 0.0, theirs - second] and theirs - second != theirs - first
+    assert len({row["steps"] for row in rows}) == 1
+
+
 def test_clocks() -> None:
     calls = []
     assert milliseconds(lambda: calls.append(1), CPU) < 50 and len(calls) == 3
@@ -105,7 +116,11 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     parts, how = device.parse(["--dry-run", "--only", "linear,e2e", "--recipes", "mxfp8,none", "--out", str(tmp_path)])
     assert [part.name for part in parts] == ["linear", "e2e"] and how.recipes == ("mxfp8", "none")
     assert Settings.read(how.text()) == how
-    for wrong in (["--only", "nothing", "--dry-run"], [] if not torch.cuda.is_available() else ["--only", "x"]):
+    for wrong in (
+        ["--only", "nothing", "--dry-run"],
+        ["--seeds", "0", "--dry-run"],
+        [] if not torch.cuda.is_available() else ["--only", "x"],
+    ):
         with pytest.raises(SystemExit):
             device.parse([*wrong, "--out", str(tmp_path)])
     assert "--dry-run tries the script itself" in capsys.readouterr().err or torch.cuda.is_available()
