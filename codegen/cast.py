@@ -16,9 +16,9 @@ from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments, pointer
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.group import Group
-from lpcompile.codegen.in_memory import BASE_MATRIX, Turner
+from lpcompile.codegen.in_memory import BASE_IMPORTS, BASE_MATRIX, BASE_SOURCE, Turner, tile_factor
 from lpcompile.codegen.origin import Origin, emit_origin, emit_plain
-from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header, next_power_of_two
+from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.codegen.tiling import cast_schedules, needs_of
 from lpcompile.codegen.turn import fits
 from lpcompile.codegen.views import View, stored
@@ -26,7 +26,7 @@ from lpcompile.codegen.write import POINTERS_TO
 from lpcompile.errors import KernelError
 from lpcompile.formats import Rounding
 from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
-from lpcompile.recipe import Cast, Signs
+from lpcompile.recipe import Cast, Rotation, Signs
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.cast", "import it as lpcompile.codegen, not as codegen"
@@ -34,6 +34,7 @@ assert __name__ == "lpcompile.codegen.cast", "import it as lpcompile.codegen, no
 __all__ = ["cast_schedules", "emit_cast"]
 
 Tiled = CastKernel | RequantKernel | DecodeKernel
+_TURNED = 8192  # elements of a tile that is turned
 
 
 def emit_cast(kernel: Tiled, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
@@ -122,6 +123,8 @@ class _Emitter:
             self._add(source, self.extents, across, "_across", "", tile)
         for members in turned.values():
             self._make_turned(members)
+        if self.turners and self.turners[0].reads == self.origin.tensors[0].name and self.groups[0].source is self.origin:
+            self.groups[0].let_peak(self.turners[0].peek)
 
     def _part(self, transposed: bool) -> tuple[int, int]:
         """What a program quantises at a time of its tile."""
@@ -146,20 +149,33 @@ class _Emitter:
 
     def _make_turned(self, members: list[tuple[int, Output]]) -> None:
         first, output = members[0]
-        turner = Turner(output.cast, first, self.dtype, self.fragments, self.size_arguments)
+        turner = Turner(output.cast.rotations, self.dtype, self.fragments, self.size_arguments, first)
 
         def load(name: str, tile: tuple[int, int], extents: tuple[Extent, Extent]) -> Origin:
             return emit_origin(self.kernel, tile, extents, self.fragments, name)
 
-        turner.emit(load, self.extents)
+        plain = self.origin.tensors[0].name if isinstance(self.kernel, CastKernel) and self.kernel.plain else ""
+        turner.turn(load, self.extents, plain)
         self.turners.append(turner)
-        plain = emit_plain(turner.result, self.dtype, self.tile, turner.extents, self.fragments, f"load_{turner.result}")
+        factor = tile_factor(output.cast.rotations)
+        left = (Rotation(factor.order), None) if factor is not None else (None, None)
+        tile = self.tile
+        if factor is not None:
+            tile = tile[0], max(_TURNED // tile[0], *(needs_of(each.cast)[1] for _, each in members))
+        read = emit_plain(turner.result, self.dtype, tile, turner.extents, self.fragments, f"load_{turner.result}")
         views = [
-            View.of(index, replace(each, cast=Cast(each.cast.quant, each.cast.axis)), self.tile, turner.extents)
+            View.of(
+                index,
+                replace(each, cast=Cast(each.cast.quant, each.cast.axis, left)),
+                tile,
+                turner.extents,
+                factor.scale if factor is not None else None,
+            )
             for index, each in members
         ]
-        self._add(plain, turner.extents, views, f"_{first}", "")
-        self.groups[-1].let_peak(turner.raise_peak)
+        self._add(read, turner.extents, views, f"_{first}", "", tile)
+        if factor is None:
+            self.groups[-1].let_peak(turner.raise_peak)
 
     def _add(
         self,
@@ -188,18 +204,14 @@ class _Emitter:
         bases = any(turner.bases for turner in self.turners)
         imports = "import torch\nimport triton\nimport triton.language as tl\n"
         if bases:
-            needed = "import functools\nfrom concurrent.futures import ThreadPoolExecutor\n"
-            imports = f"{needed}\n{imports}\nfrom lpcompile.hadamard import rotation_matrix\n"
+            needed = "\n".join(BASE_IMPORTS)
+            imports = f"{needed}\n\n{imports}\n{BASE_SOURCE}\n"
         top = [
             header(self.kernel, self.sizes, self.target, self.schedule),
             imports,
             "\n".join([f"KERNEL = {str(self.kernel)!r}", *constants]),
         ]
-        passes = [
-            text
-            for turner in self.turners
-            for text in (*(f.text for f in turner.functions), *(each.function.text for each in turner.passes))
-        ]
+        passes = [text for turner in self.turners for text in turner.texts]
         groups = [text for group in self.groups for text in group.texts]
         parts = ["\n".join(top), self.fragments.text(), *passes, *groups]
         parts += [*([BASE_MATRIX] if bases else []), self._launch(), self._main()]
@@ -232,7 +244,7 @@ class _Emitter:
             for each in group.signs
         ]
         scratch = [each for turner in self.turners for each in turner.scratch]
-        return [*signs, *(_Tensor(name, dtype, dtype, shape) for name, dtype, shape in scratch)]
+        return [*signs, *(_Tensor(name, self.dtype, self.dtype, shape) for name, shape in scratch)]
 
     def _argument(self, name: str) -> Argument:
         for tensor in self.origin.tensors:
@@ -287,9 +299,7 @@ class _Emitter:
             known = [(f"use_{view.index}", f"uses[{view.index}]")]
             known += [(f"spin_{axis}_{view.index}", f"spins[{2 * view.index + axis}]") for axis in (0, 1)]
             lines += [f"{name} = {value}" for name, value in known if name in taken]
-        for order in sorted({order for turner in self.turners for order in turner.bases}):
-            lines.append(f"base_{order} = base_matrix({order}, {max(next_power_of_two(order), 16)}, device)")
-        return lines
+        return lines + sorted({line for turner in self.turners for line in turner.found_bases("device")})
 
     def _main(self) -> str:
         lines = ['device = "cuda" if torch.cuda.is_available() else "cpu"']

@@ -72,7 +72,7 @@ def tidy(text: str) -> str:
 def _imports(plan: Plan) -> list[str]:
     described = plan.stored or any(plan.described(o) for o in plan.operands)
     return [
-        *((*gemm_turn.IMPORTS, "") if plan.in_memory and gemm_turn.bases(plan) else ()),
+        *((*imported, "") if (imported := gemm_turn.imports(plan)) else ()),
         "import torch",
         "import triton",
         "import triton.language as tl",

@@ -23,10 +23,9 @@ def fragments(plan: Plan) -> Lines:
     kernel, lines = plan.kernel, []
     if kernel.mask:
         lines += _masked(plan)
-    turns = [turn for turn in kernel.undo if turn is not None]
+    turns = [] if plan.in_memory else [turn for turn in kernel.undo if turn is not None]
     if turns:
-        lines += [*_HADAMARD.strip("\n").splitlines(), "", ""]
-        lines += [] if plan.in_memory else _turned(plan)
+        lines += [*_HADAMARD.strip("\n").splitlines(), "", "", *_turned(plan)]
     if any(turn.signs is not Signs.NONE and (turn.signs, turn.block) != (Signs.FIXED, 16) for turn in turns):
         lines += [*_SIGNS.strip("\n").splitlines(), "", ""]
     if any((turn.signs, turn.block) == (Signs.FIXED, 16) for turn in turns):
@@ -101,12 +100,13 @@ def hadamard(BLOCK: tl.constexpr, SIZE: tl.constexpr):
     """Sylvester's matrix of +-1 of order BLOCK, along the diagonal as often as SIZE has room for it."""
     row = tl.arange(0, SIZE)[:, None]
     col = tl.arange(0, SIZE)[None, :]
-    # The entry is -1 where row and column have an odd number of bits in common.
+    # The entry is -1 where row and column have an odd number of bits in common; bit i of 0x6996 is set for odd i.
     common = row & col & (BLOCK - 1)
-    common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    return tl.where(row // BLOCK == col // BLOCK, 1.0 - 2.0 * (common & 1).to(tl.float32), 0.0)
+    odd = 0x6996 >> ((common ^ (common >> 4)) & 15)
+    entry = ((odd << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    if BLOCK < SIZE:
+        entry = tl.where(row // BLOCK == col // BLOCK, entry, 0.0)
+    return entry
 '''
 _SIGNS = '''
 @triton.jit

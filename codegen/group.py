@@ -41,6 +41,10 @@ class Peaks:
 _PROGRAMS = 1000  # that keep a large device busy
 
 
+def _wide(view: View) -> bool:
+    return any(rotation is not None and rotation.block >= 64 for rotation in view.rotations)
+
+
 class Group:
     """Outputs made of one matrix. suffix: of the kernels' names. written: a name for the tile itself, if it is stored.
 
@@ -70,8 +74,11 @@ class Group:
                 self.turns[view.index] = emit_turn(view, source.dtype, fragments)
         self.writes = [emit_write(view, fragments) for view in views]
         self.signs = [each for view in views for each in emit_signs(view, fragments)]
-        tiles = " * ".join(extent.blocks(size).host for extent, size in zip(extents, tile, strict=True))
         self.parts = parts
+        # Where a rotation's matrix is as large as a tile, a program makes it once for several.
+        self.steps = self._steps if any(map(_wide, views)) else 1
+        shape = tile[0] * self.steps, tile[1]
+        tiles = " * ".join(extent.blocks(size).host for extent, size in zip(extents, shape, strict=True))
         self.kernels = [(self._cast_kernel() if parts is None else self._cast_kernel_in_parts(*parts), tiles)]
         if self.distinct:
             self.kernels.insert(0, (self._amax_kernel(), self._amax_grid))
@@ -88,8 +95,8 @@ class Group:
         return " + ".join(each.count for each in self.distinct)
 
     def let_peak(self, raised: Callable[[str], None]) -> None:
-        """Where the only amax is the whole matrix's, leaves it to the kernel that writes it. raised: takes its name."""
-        if [peaks.block for peaks in self.distinct] == [(0, 0)]:
+        """Where the only amax is that of the whole matrix as it is, leaves it to a pass over it. raised: takes its name."""
+        if [(peaks.block, peaks.tile_name) for peaks in self.distinct] == [((0, 0), "x")]:
             del self.kernels[0]
             raised(self.peaks_name)
 
@@ -132,11 +139,14 @@ class Group:
         function = Function(f"{name}{self.suffix}", doc)
         across = self.extents[1].blocks(self.tile[1]).text
         function.take(*(each.name for each in self.source.tensors))
+        first = f"program // {across} * {self.tile[0] * self.steps}"
         function.add(
             "program = tl.program_id(0)",
-            f"row0 = program // {across} * {self.tile[0]}",
+            f"{'row0' if self.steps == 1 else 'first'} = {first}",
             f"col0 = program % {across} * {self.tile[1]}",
         )
+        if self.steps > 1:
+            function.add(f"for row0 in {self._down(self.steps)}:")
         return function
 
     def _loaded(self, source: Origin, place: str = "row0, col0") -> str:
@@ -162,7 +172,6 @@ class Group:
         function = Function(f"amax_kernel{self.suffix}", "Raises the peaks (bits of amax, 0 before) that tiles share.")
         height, width = self.tile
         strips = self.extents[1].blocks(width).text
-        rows = self.extents[0].text
         function.take(*(each.name for each in self.source.tensors), self.peaks_name)
         function.add(
             "program = tl.program_id(0)",
@@ -172,7 +181,7 @@ class Group:
         kept = [peaks for peaks in self.distinct if peaks.walked]
         shape = {peaks.tile_name: peaks.view.tile[:: -1 if peaks.mirrored else 1] for peaks in kept}
         function.add(*(f"most_{name} = tl.zeros({tile}, tl.int32)" for name, tile in shape.items()))
-        function.add(f"for row0 in tl.range(first, tl.minimum(first + {height * self._steps}, {rows}), {height}):")
+        function.add(f"for row0 in {self._down(self._steps)}:")
         inner = Function("", "", arguments=function.arguments)
         inner.add(self._loaded(self.source))
         made: set[str] = set()
@@ -203,6 +212,11 @@ class Group:
         raised = f"{self._pointer(peaks)}, {value}, {row}, {col}, {', '.join(sizes if rows else sizes[1:])}"
         return f"{self.fragments.raise_to(rows, cols)}({raised})"
 
+    def _down(self, steps: int) -> str:
+        """The rows at which the tiles of a program begin."""
+        height = self.tile[0]
+        return f"tl.range(first, tl.minimum(first + {height * steps}, {self.extents[0].text}), {height})"
+
     @property
     def _steps(self) -> int:
         """Tiles that a program of `amax_kernel` walks down: many, while there are programs enough for a large device."""
@@ -220,10 +234,12 @@ class Group:
     def _cast_kernel(self) -> Function:
         doc = "Reads a tile and writes each output's." if self.views else "Writes a tile."
         function = self._start("cast_kernel", doc)
-        function.add(self._loaded(self.source))
+        inner = Function("", "", arguments=function.arguments)
+        inner.add(self._loaded(self.source))
         if self.distinct:
             function.take(self.peaks_name)
-        self._write(function, self.views, self.tile, ("row0", "col0"), self.written)
+        self._write(inner, self.views, self.tile, ("row0", "col0"), self.written)
+        function.add(*(f"    {line}" if self.steps > 1 else line for line in inner.lines))
         function.take(*self.sizes)
         return function
 

@@ -163,7 +163,7 @@ class _Writer:
         plan = self.plan
         lines = [
             header(self.kernel, plan.sizes, plan.target, plan.schedule),
-            *(gemm_turn.IMPORTS if self.after and self.after.in_memory and gemm_turn.bases(self.after) else ()),
+            *gemm_turn.imports(self.after),
             *_IMPORTS,
             *(["import triton.language as tl"] if self.after else []),
             f"KERNEL = {str(self.kernel)!r}",

@@ -1,8 +1,10 @@
-"""Rotations too large for a tile of a Cast: kernels of their own, which write the turned matrix.
+"""Rotations too large for a tile: kernels of their own, which write the turned matrix.
 
-A rotation of n = K * 2^p is a Kronecker product. Along a row, one program turns whole blocks: it multiplies by one factor after
-another, each time the last axis, and passes that axis to the front. Along a column, each factor is a pass over the matrix.
-What lies between two passes is FP32; the last one rounds, and finds the amax where it is the whole matrix's.
+A rotation is a product of the factors of `hadamard`. Along a row, one program turns whole blocks by all of them. Along a column
+each factor is a pass over the matrix; the last one of a Cast is left to its tiles, where it fits one. Between two factors
+numbers have the dtype of the matrix.
+
+    cast: rows -> columns, widest stride first -> the tile's own factor          undo of a product: columns -> rows
 """
 
 from __future__ import annotations
@@ -18,288 +20,356 @@ from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import signs_at
-from lpcompile.codegen.origin import Origin, Read
+from lpcompile.codegen.origin import Origin
 from lpcompile.codegen.source import next_power_of_two
-from lpcompile.codegen.turn import matrix_fragment, product_fragment
+from lpcompile.codegen.turn import fits, matrix_fragment, product_fragment
 from lpcompile.errors import KernelError
-from lpcompile.recipe import Cast, Rotation, Signs
+from lpcompile.hadamard import Factor
+from lpcompile.recipe import Rotation, Signs
 
 assert __name__ == "lpcompile.codegen.in_memory", "import it as lpcompile.codegen, not as codegen"
 
 _ROW_TILE = 4096  # elements that one program turns at least
 _LARGEST_ROW = 1 << 15
 _COLUMN_TILE = 8192
-_WIDE = 128  # the largest order of a factor
+_PROGRAMS = 2000  # that keep a large device busy
+
+Extents = tuple[Extent, Extent]
+Rotations = tuple[Rotation | None, Rotation | None]
+# (name, tile, sizes) -> the function that loads such tiles
+LoadOf = Callable[[str, tuple[int, int], Extents], Origin]
+
+
+def tile_factor(rotations: Rotations) -> Factor | None:
+    """The last factor of a rotation along columns, where rotations are carried out in memory and tiles can do the last."""
+    if all(map(fits, rotations)) or rotations[0] is None:
+        return None
+    found = hadamard.factors(rotations[0].block)
+    inner = Rotation(found[-1].order) if found[-1].order > 1 else None
+    return found[-1] if len(found) > 1 and inner is not None and fits(inner) else None
+
+
+def padded(factor: Factor) -> int:
+    """The order that a product takes."""
+    return max(next_power_of_two(factor.order), 16)
+
+
+class Pass:
+    """A kernel whose programs walk over tiles. function: its head; body: of the loop; grid: text for the launcher."""
+
+    def __init__(self, name: str, doc: str) -> None:
+        self.function = Function(name, doc)
+        self.body = Function("", "", arguments=self.function.arguments)
+        self.loop, self.grid, self.warps = "", "", 4
+        self.inside = ""  # where the body stores
+        self.read = 0  # line of the body behind the load
+        self._tail: list[str] = []
+
+    def raise_peak(self, peaks: str, shape: tuple[int, int], fragments: Fragments, loaded: bool) -> None:
+        """Lets it raise the amax (its bits, 0 before) of what it stores or, loaded, of what it reads."""
+        name = "seen" if loaded else "most"
+        bits = f"{fragments.magnitude_bits()}(x)"
+        bits = f"tl.where({self.inside}, {bits}, 0)" if self.inside and not loaded else bits
+        self.function.add(f"{name} = tl.zeros({shape}, tl.int32)")
+        self.body.lines.insert(self.read if loaded else len(self.body.lines), f"{name} = tl.maximum({name}, {bits})")
+        self._tail.append(f'tl.atomic_max({self.function.take(peaks)}, tl.max({name}), sem="relaxed")')
+
+    @property
+    def text(self) -> str:
+        lines = [*self.function.lines, self.loop, *(f"    {line}" for line in self.body.lines), *self._tail]
+        return Function(self.function.name, self.function.doc, (), self.function.arguments, lines).text
 
 
 @dataclass(frozen=True)
-class Factor:
-    """A Kronecker factor of a rotation. base: a matrix of +-1 from memory, else Sylvester's. stride: of its axis."""
+class _Step:
+    """What one pass does. first, last: whether it begins and ends its rotation."""
 
-    size: int
-    stride: int
-    base: bool
-
-    @property
-    def padded(self) -> int:
-        """What a product takes."""
-        return max(next_power_of_two(self.size), 16)
-
-    @property
-    def name(self) -> str:
-        return f"base_{self.size}"
-
-
-def factors(block: int) -> tuple[Factor, ...]:
-    """The factors of a rotation, that of neighbouring elements first. Raises KernelError for sizes that split badly."""
-    found = hadamard.decompose(block)
-    assert found is not None
-    k, power = found
-    if block < 16:
-        raise KernelError(f"a rotation of {block} is not generated: products take at least 16")
-    if k > 1 and block <= 256:
-        return (Factor(block, 1, True),)
-    if k > 1 and power < 16:
-        raise KernelError(f"a rotation of {block} = {k} x {power} is not generated")
-    if power >= _WIDE and k > 1 and block <= _WIDE**2:
-        # Two products, as few as can be: what lies between two is FP32, which costs three.
-        return (Factor(_WIDE, 1, False), Factor(block // _WIDE, _WIDE, True))
-    left = power.bit_length() - 1
-    split = []
-    stride = 1
-    for count in range(-(-left // 7), 0, -1):
-        log = -(-left // count)
-        split.append(Factor(1 << log, stride, False))
-        stride <<= log
-        left -= log
-    return (*split, *([Factor(k, stride, True)] if k > 1 else []))
-
-
-# (name, tile, sizes) -> the function that loads such tiles
-LoadOf = Callable[[str, tuple[int, int], tuple[Extent, Extent]], Origin]
-
-
-@dataclass
-class Pass:
-    """A kernel, its grid (text for the launcher), and its warps."""
-
-    function: Function
-    grid: str
-    warps: int
+    axis: int
+    rotation: Rotation
+    factors: tuple[Factor, ...]
+    first: bool = True
+    last: bool = True
 
 
 class Turner:
-    """Writes the kernels that turn one matrix as a cast asks. result: the tensor that they write last."""
+    """Writes the kernels that turn one matrix, or turn it back.
 
-    def __init__(self, cast: Cast, index: int, dtype: torch.dtype, fragments: Fragments, sizes: list[str]) -> None:
-        self.cast, self.index, self.dtype, self.fragments, self.sizes = cast, index, dtype, fragments, sizes
-        self.result = f"turned_{index}"
+    result: the tensor that they write last, of the sizes `extents`. scratch: the tensors that launchers make for them.
+    reads: the tensor that the first pass reads whole as it is, or ''.
+    sizes: names of the sizes that kernels take as arguments. index: of the output, in names.
+    """
+
+    def __init__(
+        self,
+        rotations: Rotations,
+        dtype: torch.dtype,
+        fragments: Fragments,
+        sizes: list[str],
+        index: int = 0,
+        back: bool = False,
+    ) -> None:
+        self.rotations, self.dtype, self.fragments = rotations, dtype, fragments
+        self.sizes, self.index, self.back = sizes, index, back
         self.passes: list[Pass] = []
         self.functions: list[Function] = []
-        self.scratch: list[tuple[str, torch.dtype, tuple[Extent, Extent]]] = []
-        self.bases: list[int] = []
-        self._stored = "", ""  # what the last kernel stores, and where
+        self.scratch: list[tuple[str, Extents]] = []
+        self.bases: list[Factor] = []
+        self.reads = ""
+        self._shapes: list[tuple[int, int]] = []  # of the tiles of each pass
 
-    def emit(self, load: LoadOf, extents: tuple[Extent, Extent]) -> None:
-        """load: makes an origin for a tile of this shape. extents: of the matrix that is read."""
-        rows, cols = self.cast.rotations
-        steps: list[tuple[str, Rotation, Factor | None]] = ([("row", cols, None)] if cols is not None else []) + (
-            [("col", rows, factor) for factor in factors(rows.block)] if rows is not None else []
-        )
-        source: str | None = None
-        for number, (axis, rotation, factor) in enumerate(steps):
-            last = number == len(steps) - 1
-            target = self.result if last else f"scratch_{self.index}_{number}"
-            dtype = self.dtype if last else torch.float32
-            if axis == "row":
-                written = extents[0], extents[1].padded(rotation.block)
-                self._row(load, rotation, extents, written[1], target, dtype)
+    def turn(self, load: LoadOf, extents: Extents, plain: str) -> None:
+        """As a cast asks, but for `tile_factor`. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
+        rows, cols = self.rotations
+        steps = [_Step(1, cols, hadamard.factors(cols.block))] if cols is not None else []
+        if rows is not None:
+            found = hadamard.factors(rows.block)
+            count = len(found) - (tile_factor(self.rotations) is not None)
+            steps += [_Step(0, rows, (each,), not index) for index, each in enumerate(found[:count])]
+        source = plain
+        if steps[0].axis == 0 and not plain:
+            source = self._copy(load, extents)
+        self.reads = plain if steps[0].axis == 0 else ""
+        self._run(steps, source, extents, load)
+
+    def turn_back(self, source: str, extents: Extents, crop: Extents) -> None:
+        """`source` of these sizes, which may be overwritten; crop: the sizes of the result."""
+        rows, cols = self.rotations
+        found = hadamard.factors(rows.block, True) if rows is not None else ()
+        steps = [_Step(0, rows, (each,), last=each is found[-1]) for each in found if rows is not None]
+        steps += [_Step(1, cols, hadamard.factors(cols.block, True))] if cols is not None else []
+        self._run(steps, source, extents, None, crop)
+
+    def _run(
+        self, steps: list[_Step], source: str, extents: Extents, load: LoadOf | None, crop: Extents | None = None
+    ) -> None:
+        for number, step in enumerate(steps):
+            size = extents[step.axis]
+            if crop is None:
+                size = size.padded(step.rotation.block)
+            elif step.last:
+                size = crop[step.axis]
+            written = (size, extents[1]) if step.axis == 0 else (extents[0], size)
+            ours = (number > 0 or crop is not None) and written == extents
+            target = source if ours else self._made(written)
+            if step.axis == 0:
+                self._column(step, source, extents, written, target)
             else:
-                assert factor is not None
-                final = factor == factors(rotation.block)[-1]
-                written = extents[0].padded(rotation.block), extents[1]
-                self._column(load, rotation, factor, final, source, extents, written[0], target, dtype)
-            self.scratch.append((target, dtype, written))
+                self._row(step, load if number == 0 else None, source, extents, written, target)
             source, extents = target, written
-        self.extents = extents
+        self.result, self.extents = source, extents
+
+    def _made(self, extents: Extents) -> str:
+        """A new tensor."""
+        name = f"whole_{self.index}" + (f"_{len(self.scratch)}" if self.scratch else "")
+        self.scratch.append((name, extents))
+        return name
+
+    # ---- amax ----------------------------------------------------------------------------------------------------
+
+    def peek(self, peaks: str) -> None:
+        """Lets the first pass raise the amax of the matrix as it is read."""
+        self.passes[0].raise_peak(peaks, self._shapes[0], self.fragments, loaded=True)
 
     def raise_peak(self, peaks: str) -> None:
-        """Lets the last kernel raise the amax of the whole matrix (its bits, 0 before)."""
-        value, inside = self._stored
-        bits = f"{self.fragments.magnitude_bits()}({value})"
-        bits = f"tl.where({inside}, {bits}, 0)" if inside else bits
-        function = self.passes[-1].function
-        function.add(f'tl.atomic_max({function.take(peaks)}, tl.max({bits}), sem="relaxed")')
+        """Lets the last pass raise the amax of the turned matrix."""
+        self.passes[-1].raise_peak(peaks, self._shapes[-1], self.fragments, loaded=False)
 
     # ---- along rows ----------------------------------------------------------------------------------------------
 
-    def _row(
-        self, load: LoadOf, rotation: Rotation, extents: tuple[Extent, Extent], cols: Extent, target: str, dtype: torch.dtype
-    ) -> None:
-        block, split = rotation.block, factors(rotation.block)
-        width = next_power_of_two(block) if split[-1].base else block
-        if split[-1].base and len(split) > 1:
-            width = split[-1].padded * split[-1].stride
-        if width > _LARGEST_ROW:
-            raise KernelError(f"{self.cast}: a row of {block} does not fit into a program")
+    def _row(self, step: _Step, load: LoadOf | None, source: str, extents: Extents, written: Extents, target: str) -> None:
+        block = step.rotation.block
+        # What lies behind another factor has no room for zeros.
+        tight = all(padded(each) == each.order for each in step.factors if each.order * each.stride < block)
+        width = math.prod(map(padded, step.factors))
+        if not tight or width > _LARGEST_ROW:
+            raise KernelError(f"{step.rotation}: no program turns a row of {' x '.join(str(f.order) for f in step.factors)}")
         height = max(_ROW_TILE // width, 1)
-        reach = extents[0], extents[1].overrun(width != block or not extents[1].divides(block))
-        origin = load(f"load_rows_{self.index}", (height, width), reach)
-        self.functions.append(origin.function)
-        function = self._kernel("rows", rotation, 1, origin.tensors)
-        blocks = cols.blocks(block).text
-        function.add(
-            "program = tl.program_id(0)",
-            f"row0 = program // {blocks} * {height}",
-            f"col0 = program % {blocks} * {block}",
-            self._loaded(origin, function),
+        made, head, body = self._start(f"rows_{self.index}", step)
+        blocks = (extents if self.back else written)[1].blocks(block)
+        tiles = self._walk(made, "row0", extents[0], height, blocks, (height, width))
+        head.add(
+            f"col0 = program % {blocks.text} * {block}",
+            f"place = tl.arange(0, {width})",
+            "col = place[None, :]",
         )
-        if width != block:
-            function.add(f"x = tl.where(tl.arange(0, {width})[None, :] < {block}, x, 0.0)")
-        self._sign(rotation, 1, f"tl.arange(0, {width})", "[None, :]", function, origin.dtype)
-        wide = origin.dtype == torch.float32
-        for factor in split:
-            flat = height * width // factor.padded
-            function.add(
-                f"x = tl.reshape(x, ({flat}, {factor.padded}))",
-                f"x = {product_fragment(torch.float32 if wide else origin.dtype, self.fragments)}"
-                f"(x, {self._matrix(factor, function)})",
-            )
-            if len(split) > 1:
-                inner = (height, width // factor.padded, factor.padded)
-                function.add(f"x = tl.permute(tl.reshape(x, {inner}), (0, 2, 1))")
-            wide = True
-        value = self.fragments.rounded("x", dtype)
-        function.add(
-            f"x = tl.reshape(x, ({height}, {width})) * {1 / math.sqrt(block)!r}",
-            f"row = row0 + tl.arange(0, {height})[:, None]",
-            f"col = tl.arange(0, {width})[None, :]",
-        )
-        checks = ([] if extents[0].divides(height) else [f"(row < {extents[0].text})"]) + (
-            [f"(col < {block})"] if width != block else []
-        )
-        mask = f", mask={' & '.join(checks)}" if checks else ""
-        self._stored = value, " & ".join(checks)
+        beyond = [] if extents[0].divides(height) else [f"(row < {extents[0].text})"]
+        beyond += [f"(col < {block})"] if width != block else []
         row = "row.to(tl.int64)" if self.fragments.wide else "row"
-        function.add(f"tl.store({function.take(target)} + {row} * {cols.text} + (col0 + col), {value}{mask})")
-        function.take(*self.sizes)
-        grid = f"{extents[0].blocks(height).host} * {cols.blocks(block).host}"
-        self.passes.append(Pass(function, grid, 8 if height * width > 4096 else 4))
+        body.add(f"row = row0 + tl.arange(0, {height})[:, None]")
+        if load is not None:
+            reach = extents[0], extents[1].overrun(width != block or not extents[1].divides(block))
+            self._load(load(f"load_rows_{self.index}", (height, width), reach), body)
+            body.add(*([f"x = tl.where(col < {block}, x, 0.0)"] if width != block else []))
+        else:
+            place = f"{body.take(source)} + {row} * {extents[1].text} + (col0 + col)"
+            body.add(f"x = tl.load({place}{_mask(beyond, ', other=0.0')})")
+        self._sign(step, "before", "place", "[None, :]", made)
+        self._multiply_rows(step.factors, height, made)
+        body.add(f"x = tl.reshape(x, ({height}, {width}))")
+        self._sign(step, "after", "place", "[None, :]", made)
+        if self.back and not written[1].divides(block):
+            beyond.append(f"(col0 + col < {written[1].text})")
+        made.inside = " & ".join(beyond)
+        body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + (col0 + col), x{_mask(beyond)})")
+        self._finish(made, f"{tiles.host} * {blocks.host}", 16 if height * width > 16384 else 8 if height * width > 4096 else 4)
+
+    def _multiply_rows(self, split: tuple[Factor, ...], height: int, made: Pass) -> None:
+        """Adds products with all factors: the innermost from the right, others from the left."""
+        for factor in split:
+            size = padded(factor)
+            front = height * math.prod(padded(each) for each in split if each.stride > factor.stride)
+            behind = math.prod(padded(each) for each in split if each.stride < factor.stride)
+            if behind == 1:
+                made.body.add(f"x = tl.reshape(x, ({front}, {size}))")
+                self._multiply(factor, made, left=False)
+                continue
+            shape = f"({front}, {size}, {behind})", f"({size}, {front}, {behind})"
+            forth = f"tl.permute(tl.reshape(x, {shape[0]}), (1, 0, 2))" if front > 1 else "x"
+            made.body.add(f"x = tl.reshape({forth}, ({size}, {front * behind}))")
+            self._multiply(factor, made, left=True)
+            if front > 1:
+                made.body.add(f"x = tl.permute(tl.reshape(x, {shape[1]}), (1, 0, 2))")
 
     # ---- along columns -------------------------------------------------------------------------------------------
 
-    def _column(
-        self,
-        load: LoadOf,
-        rotation: Rotation,
-        factor: Factor,
-        final: bool,
-        source: str | None,
-        extents: tuple[Extent, Extent],
-        rows: Extent,
-        target: str,
-        dtype: torch.dtype,
-    ) -> None:
-        size, stride, height = factor.size, factor.stride, factor.padded
+    def _column(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
+        (factor,) = step.factors
+        size, stride, height = factor.order, factor.stride, padded(factor)
         width = min(max(_COLUMN_TILE // height, 16), 256)
-        first = stride == 1
-        cols = extents[1]
-        reach = extents[0].overrun(height != size or not extents[0].divides(rotation.block)), cols
-        origin = load(f"load_cols_{self.index}", (height, width), reach) if source is None else None
-        tensors = () if origin is None else origin.tensors
-        function = self._kernel(f"cols_{size}_{stride}", rotation if first else None, 0, tensors)
-        across = cols.blocks(width).text
-        function.add(
-            "program = tl.program_id(0)",
-            f"col0 = program % {across} * {width}",
-            f"line = program // {across}",
+        whole, cols = (extents if self.back else written)[0], extents[1]
+        made, head, body = self._start(f"cols_{size}_{stride}_{self.index}", step)
+        lines = whole.blocks(size)
+        tiles = self._walk(made, "col0", cols, width, lines, (height, width))
+        head.add(
+            f"line = program % {lines.text}",
             f"row0 = line // {stride} * {size * stride} + line % {stride}" if stride > 1 else f"row0 = line * {size}",
-            f"row = tl.arange(0, {height})[:, None]",
-            f"col = col0 + tl.arange(0, {width})[None, :]",
+            f"place = row0 + tl.arange(0, {height})" + (f" * {stride}" if stride > 1 else ""),
+            "row = place[:, None]",
         )
-        checks = ([f"(row < {size})"] if size != height else []) + ([] if cols.divides(width) else [f"(col < {cols.text})"])
-        mask = f", mask={' & '.join(checks)}" if checks else ""
-        place = f"(row0 + row * {stride})" if stride > 1 else "(row0 + row)"
-        offset = f"{place}{'.to(tl.int64)' if self.fragments.wide else ''} * {cols.text} + col"
-        if origin is not None:
-            self.functions.append(origin.function)
-            function.add(self._loaded(origin, function))
-            if size != height:
-                function.add(f"x = tl.where(row < {size}, x, 0.0)")
-        else:
-            below = f"{place} < {extents[0].text}"
-            reads = [*checks, *([f"({below})"] if first and extents[0].text != rows.text else [])]
-            reading = f", mask={' & '.join(reads)}, other=0.0" if reads else ""
-            function.add(f"x = tl.load({function.take(source or '')} + {offset}{reading})")
-        given = torch.float32 if origin is None else origin.dtype
-        if first:
-            place = f"row0 % {rotation.block} + tl.arange(0, {height})"
-            self._sign(rotation, 0, place, "[:, None]", function, given)
-        self._multiply_columns(factor, given, function)
-        if final:
-            function.add(f"x = x * {1 / math.sqrt(rotation.block)!r}")
-        value = self.fragments.rounded("x", dtype)
-        self._stored = value, " & ".join(checks)
-        function.add(f"tl.store({function.take(target)} + {offset}, {value}{mask})")
-        function.take(*self.sizes)
-        grid = f"{rows.blocks(size).host} * {cols.blocks(width).host}"
-        self.passes.append(Pass(function, grid, 8))
+        inside = [f"(row < row0 + {size * stride})"] if size != height else []
+        inside += [] if cols.divides(width) else [f"(col < {cols.text})"]
+        short = not self.back and extents[0] != written[0]
+        reads = [*inside, *([f"(row < {extents[0].text})"] if short else [])]
+        body.add(
+            f"col = col0 + tl.arange(0, {width})[None, :]",
+            f"offset = {'row.to(tl.int64)' if self.fragments.wide else 'row'} * {cols.text} + col",
+            f"x = tl.load({body.take(source)} + offset{_mask(reads, ', other=0.0')})",
+        )
+        made.read = len(body.lines)
+        among = f"place % {step.rotation.block}"
+        self._sign(step, "before", among, "[:, None]", made)
+        self._multiply(factor, made, left=True)
+        self._sign(step, "after", among, "[:, None]", made)
+        if self.back and extents[0] != written[0]:
+            inside.append(f"(row < {written[0].text})")
+        made.inside = " & ".join(inside)
+        body.add(f"tl.store({body.take(target)} + offset, x{_mask(inside)})")
+        self._finish(made, f"{tiles.host} * {lines.host}", 8)
 
-    def _multiply_columns(self, factor: Factor, given: torch.dtype, function: Function) -> None:
-        """Adds the product of a tile of this dtype with a factor of its columns.
+    def _copy(self, load: LoadOf, extents: Extents) -> str:
+        """Writes what a prologue computes: passes along columns read rows that lie apart."""
+        height, width = 64, 128
+        made = Pass(f"compute_{self.index}", "Writes what is turned.")
+        across = extents[1].blocks(width)
+        tiles = self._walk(made, "row0", extents[0], height, across, (height, width))
+        made.function.add(f"col0 = program % {across.text} * {width}")
+        self._load(load(f"load_whole_{self.index}", (height, width), extents), made.body)
+        rows, cols = (not extent.divides(size) for extent, size in zip(extents, (height, width), strict=True))
+        sizes = ", ".join(each.text for each in (extents if rows else extents[1:]))
+        target = self._made(extents)
+        made.body.add(f"{self.fragments.store(rows, cols)}({made.body.take(target)}, x, row0, col0, {sizes})")
+        self._finish(made, f"{tiles.host} * {across.host}", 4)
+        return target
 
-        FP32 is multiplied as it lies in memory: transposed, its three parts took 234 registers in place of 90. BF16 is not:
-        there the transposed product is the smaller one.
-        """
-        matrix = self._matrix(factor, function)
-        left = given == torch.float32
-        product = product_fragment(given, self.fragments, left)
-        if left:
-            function.add(f"x = {product}(x, {f'tl.trans({matrix})' if factor.base else matrix})")
-        else:
-            function.add(f"x = tl.trans({product}(tl.trans(x), {matrix}))")
+    # ---- what all share ------------------------------------------------------------------------------------------
 
-    # ---- what both share -----------------------------------------------------------------------------------------
+    def _start(self, name: str, step: _Step) -> tuple[Pass, Function, Function]:
+        """A pass, what it does before its loop, and what it does in it."""
+        verb = "Turns back by" if self.back else "Turns by"
+        count = "all of" if len(step.factors) > 1 else "a factor of"
+        made = Pass(f"turn_{name}", f"{verb} {count} {step.rotation} along axis {step.axis}.")
+        if step.rotation.signs is Signs.DRAWN and (step.last if self.back else step.first):
+            made.function.take("seed", f"spin_{step.axis}_{self.index}")
+        return made, made.function, made.body
 
-    def _kernel(self, name: str, rotation: Rotation | None, axis: int, tensors: tuple[Read, ...]) -> Function:
-        function = Function(f"turn_{name}_{self.index}", f"A part of the rotations of {self.cast}.")
-        function.take(*(each.name for each in tensors))
-        if rotation is not None and rotation.signs is Signs.DRAWN:
-            function.take("seed", f"spin_{axis}_{self.index}")
-        return function
+    def _walk(self, made: Pass, start: str, extent: Extent, length: int, others: Extent, tile: tuple[int, int]) -> Extent:
+        """Makes programs walk over several tiles along `extent`; the number of programs along it."""
+        tiles = -(-(extent.known or 4096) // length) * (others.known or 32)
+        steps = max(1, min(16, next_power_of_two(tiles // _PROGRAMS)))
+        elements = tile[0] * tile[1]
+        # What is loaded ahead lies in shared memory.
+        ahead = 1 if self.dtype.itemsize > 2 or steps == 1 else 3 if elements <= 8192 else 2
+        made.function.add("program = tl.program_id(0)", f"first = program // {others.text} * {length * steps}")
+        end = f"tl.minimum(first + {length * steps}, {extent.text})" if steps > 1 else f"first + {length}"
+        made.loop = f"for {start} in tl.range(first, {end}, {length}, num_stages={ahead}):"
+        self._shapes.append(tile)
+        return extent.blocks(length * steps)
 
-    def _loaded(self, origin: Origin, function: Function) -> str:
+    def _finish(self, made: Pass, grid: str, warps: int) -> None:
+        made.function.take(*self.sizes)
+        made.grid, made.warps = grid, warps
+        self.passes.append(made)
+
+    def _load(self, origin: Origin, body: Function) -> None:
+        self.functions.append(origin.function)
         names = [each.name for each in origin.tensors if each.name in origin.function.arguments]
-        function.take(*names)
+        body.take(*names)
         origin.function.take(*self.sizes)
-        return f"x = {origin.function.name}({', '.join(['row0', 'col0', *names, *self.sizes])})"
+        body.add(f"x = {origin.function.name}({', '.join(['row0', 'col0', *names, *self.sizes])})")
 
-    def _sign(self, rotation: Rotation, axis: int, place: str, index: str, function: Function, dtype: torch.dtype) -> None:
-        """Adds the product with signs. place: in a block of the rotation; index: how signs lie beside the tile."""
-        if rotation.signs is Signs.NONE:
+    def _sign(self, step: _Step, when: str, place: str, index: str, made: Pass) -> None:
+        """Adds the product with signs, where they are due. place: in a block; index: how signs lie beside the tile."""
+        due = (when == "after" and step.last) if self.back else (when == "before" and step.first)
+        if not due or step.rotation.signs is Signs.NONE:
             return
-        signs = signs_at(self.fragments, rotation, "seed", f"spin_{axis}_{self.index}", place)
-        value = f"(x.to(tl.float32) * {signs}{index})"
-        function.add(f"x = {self.fragments.rounded(value, dtype)}")
+        signs = signs_at(self.fragments, step.rotation, "seed", f"spin_{step.axis}_{self.index}", place)
+        made.function.add(f"signs = {signs}")
+        made.body.add(f"x = {self.fragments.rounded(f'(x.to(tl.float32) * signs{index})', self.dtype)}")
+
+    def _multiply(self, factor: Factor, made: Pass, left: bool) -> None:
+        """Adds the product of `x` with a factor and its rounding."""
+        name = f"by_{factor.order}_{factor.stride}"
+        matrix = self._matrix(factor, made.function)
+        made.function.add(f"{name} = {f'tl.trans({matrix})' if factor.base and left != self.back else matrix}")
+        product = product_fragment(self.dtype, self.fragments, left)
+        made.body.add(f"x = {self.fragments.rounded(f'({product}(x, {name}) * {factor.scale!r})', self.dtype)}")
 
     def _matrix(self, factor: Factor, function: Function) -> str:
-        """The factor's matrix as it is multiplied from the right."""
+        """The factor's matrix as a rotation multiplies it from the right."""
         if not factor.base:
-            return f"{matrix_fragment(self.fragments)}({factor.size}, {factor.size})"
+            return f"{matrix_fragment(self.fragments)}({factor.order}, {padded(factor)})"
         name = self.fragments.add(
             "base_matrix_of",
             '''
 def base_matrix_of(base, SIZE: tl.constexpr):
-    """A matrix of +-1 from memory, where it lies transposed and padded with 0."""
+    """A matrix of +-1 from memory, padded with 0."""
     row = tl.arange(0, SIZE)[:, None]
     return tl.load(base + row * SIZE + tl.arange(0, SIZE)[None, :]).to(tl.float32)
 ''',
         )
-        if factor.size not in self.bases:
-            self.bases.append(factor.size)
-        return f"{name}({function.take(factor.name)}, {factor.padded})"
+        if factor.order not in [each.order for each in self.bases]:
+            self.bases.append(factor)
+        return f"{name}({function.take(f'base_{factor.order}')}, {padded(factor)})"
+
+    # ---- for launchers -------------------------------------------------------------------------------------------
+
+    @property
+    def texts(self) -> list[str]:
+        """The jit functions."""
+        return [*(each.text for each in self.functions), *(each.text for each in self.passes)]
+
+    def found_bases(self, device: str) -> list[str]:
+        """Lines that find the matrices which kernels read."""
+        return [f"base_{each.order} = base_matrix({each.order}, {padded(each)}, {device})" for each in self.bases]
 
 
+def _mask(checks: list[str], other: str = "") -> str:
+    return f", mask={' & '.join(checks)}{other}" if checks else ""
+
+
+# What a module with base matrices imports, and how it finds them.
+BASE_IMPORTS = ("import functools", "from concurrent.futures import ThreadPoolExecutor")
+BASE_SOURCE = "from lpcompile.hadamard import rotation_matrix"
 BASE_MATRIX = '''@functools.cache
 def base_matrix(order, size, device):
     """A Hadamard matrix of +-1 as kernels multiply with it, padded with 0 to [size, size]."""

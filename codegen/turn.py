@@ -33,19 +33,15 @@ def emit_turn(view: View, dtype: torch.dtype, fragments: Fragments) -> tuple[str
     arguments = (["seed"] if arguments else []) + arguments
     arguments += [f"signs_{axis}" for axis in (0, 1) if _from_memory(rotations[axis])]
     lines: list[str] = []
-    first = True
     # The order of the reference: along the columns of the matrix that is read, then along its rows.
     for axis in (1, 0):
         rotation = view.output.cast.rotations[axis]
-        if rotation is None:
-            continue
-        lines += _along(view, axis, rotation, dtype if first else torch.float32, fragments)
-        first = False
-    lines.append(f"return {fragments.rounded('x', dtype)}")
-    body = "\n".join(f"    {line}" for line in lines)
+        if rotation is not None:
+            lines += _along(view, axis, rotation, dtype, fragments)
+    body = "\n".join(f"    {line}" for line in [*lines, "return x"])
     text = f'''@triton.jit
 def turn_{view.index}({", ".join(["x", *arguments])}):
-    """The tile, turned as {view.output} asks, rounded once."""
+    """The tile, turned as {view.output} asks, and rounded."""
 {body}'''
     return text, arguments
 
@@ -81,7 +77,7 @@ def _drawn(rotation: Rotation | None) -> bool:
 
 
 def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragments: Fragments) -> list[str]:
-    """Turns `x` along an axis of the matrix that is read; FP32 afterwards."""
+    """Turns `x` along an axis of the matrix that is read, and rounds it to `dtype`."""
     block, size = rotation.block, max(rotation.block, 16)
     flip = axis != (0 if view.output.transposed else 1)
     tile = view.tile[::-1] if flip else view.tile
@@ -92,11 +88,18 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
         matrix += f" * tl.load(signs_{axis} + tl.arange(0, {size}))[:, None]"
     elif rotation.signs is not Signs.NONE:
         matrix += f" * {signs(fragments, rotation, 'seed', f'spin_{axis}', size)}[:, None]"
+    scale = view.scale or 1 / math.sqrt(block)
+
+    def product(value: str, matrix: str, left: bool = False) -> str:
+        name = product_fragment(dtype, fragments, left)
+        return f"x = {fragments.rounded(f'({name}({value}, {matrix}) * {scale!r})', dtype)}"
+
     flat = (tile[0] * tile[1] // size, size)
-    product = product_fragment(dtype, fragments)
+    if flip and flat == tile:
+        # One block: from the left, so that nothing is transposed. (Sylvester's matrix alone is symmetric.)
+        return [product("x", matrix if rotation.signs is Signs.NONE else f"tl.trans({matrix})", left=True)]
     lines = ["x = tl.trans(x)"] if flip else []
-    source = "x" if flat == tile else f"tl.reshape(x, {flat})"
-    lines.append(f"x = {product}({source}, {matrix}) * {1 / math.sqrt(block)!r}")
+    lines.append(product("x" if flat == tile else f"tl.reshape(x, {flat})", matrix))
     if flat != tile:
         lines.append(f"x = tl.reshape(x, {tile})")
     return [*lines, *(["x = tl.trans(x)"] if flip else [])]
@@ -111,12 +114,13 @@ def hadamard(BLOCK: tl.constexpr, SIZE: tl.constexpr):
     """Sylvester's matrix of +-1 of order BLOCK."""
     row = tl.arange(0, SIZE)[:, None]
     col = tl.arange(0, SIZE)[None, :]
-    # The entry is -1 where row and column have an odd number of bits in common.
+    # The entry is -1 where row and column have an odd number of bits in common; bit i of 0x6996 is set for odd i.
     common = row & col & (BLOCK - 1)
-    common ^= common >> 4
-    common ^= common >> 2
-    common ^= common >> 1
-    return tl.where(row // BLOCK == col // BLOCK, 1.0 - 2.0 * (common & 1).to(tl.float32), 0.0)
+    odd = 0x6996 >> ((common ^ (common >> 4)) & 15)
+    entry = ((odd << 31) | 0x3F800000).to(tl.float32, bitcast=True)
+    if BLOCK < SIZE:
+        entry = tl.where(row // BLOCK == col // BLOCK, entry, 0.0)
+    return entry
 ''',
     )
 
@@ -149,7 +153,8 @@ def product_fragment(dtype: torch.dtype, fragments: Fragments, left: bool = Fals
     return {total}"""
     else:
         body = f"    return {dot('x', 'matrix.to(x.dtype)')}"
-    text = f'''def {"product_left" if left else "product"}(x, matrix):
+    name = "times_left" if left else "times"
+    text = f'''def {name}(x, matrix):
     """{"A matrix of +-1 times x" if left else "x times a matrix of +-1"}, summed in FP32."""
 {body}'''
-    return fragments.numbered("product_left" if left else "product", text)
+    return fragments.numbered(name, text)

@@ -6,6 +6,9 @@ random signs here: whoever wants them multiplies before and after.
 
     x [.., n] -> view [.., K, 2**p] -> @ H(2**p) / sqrt(n) -> base(K) @ -> view [.., n]
 
+A rotation is carried out as a product of small factors (`factors`), each a matrix product in FP32. Where a tensor of 16 bits is
+turned, what one factor hands to the next has 16 bits again: a rotation over a whole axis then moves half the bytes.
+
 HALO stores its base matrices. Ours are built (Paley, doubling, Williamson), so for K > 1 the rotated values need not be
 those of HALO; an outlier is spread as evenly, since every entry of either matrix is +-1.
 """
@@ -17,6 +20,7 @@ import itertools
 import math
 import operator
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +43,7 @@ _WILLIAMSON = {
     156: (0x3C977, 0x159F9, 0x7D346, 0x2BC37),
 }
 
-# Measured on two CPU cores, FP32: a product with 32 x 32 takes as long as a copy, 64 twice, 128 three times as long.
-_MAX_FACTOR_LOG2 = 6
+_WIDE = 128  # the largest order of a Sylvester factor: a tile of a kernel holds it
 
 
 # ---- sizes -------------------------------------------------------------------------------------------------------
@@ -226,27 +229,64 @@ def rotation_matrix(n: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return signs.to(dtype).mul_(1 / math.sqrt(n))
 
 
-def _factor_sizes(block: int) -> tuple[int, ...]:
-    """Orders of the Kronecker factors: K if it is not 1, then powers of two up to 64, as few and as equal as can be."""
+@dataclass(frozen=True)
+class Factor:
+    """A Kronecker factor of a rotation. stride: the distance of what it mixes; scale: what its sums are multiplied by."""
+
+    order: int
+    stride: int
+    scale: float
+
+    @property
+    def base(self) -> bool:
+        """True where its matrix is not Sylvester's."""
+        return not _is_power_of_two(self.order)
+
+
+def _orders(block: int) -> list[int]:
+    """Orders of the factors, that of the largest stride first: few, equal, of at most 128; 256 where one is enough."""
     k, power = _decompose_or_raise(block)
-    sizes = [k] if k > 1 or power == 1 else []
+    if block <= _WIDE or (k > 1 and block <= 2 * _WIDE):
+        return [block]
+    if k > 1 and power >= _WIDE and block <= _WIDE**2:
+        return [block // _WIDE, _WIDE]
+    orders = [k] if k > 1 else []
     left = power.bit_length() - 1
-    for count in range(-(-left // _MAX_FACTOR_LOG2), 0, -1):
-        sizes.append(1 << (left // count))
-        left -= left // count
-    return tuple(sizes)
+    for count in range(-(-left // (_WIDE.bit_length() - 1)), 0, -1):
+        log = -(-left // count)
+        orders.append(1 << log)
+        left -= log
+    return orders
+
+
+def factors(block: int, inverse: bool = False) -> tuple[Factor, ...]:
+    """The factors of a rotation in the order in which they are applied: the widest stride first, of the inverse last.
+
+    All scales but the last are powers of two, so that sums of few bits stay exact; together they are 1 / sqrt(block).
+    Raises FormatError for a size without rotation.
+
+    >>> [(factor.order, factor.stride) for factor in factors(14336)]
+    [(112, 128), (128, 1)]
+    """
+    orders = _orders(block)
+    strides = [math.prod(orders[index + 1 :]) for index in range(len(orders))]
+    pairs = list(zip(orders, strides, strict=True))[:: -1 if inverse else 1]
+    scales = [2.0 ** -((order.bit_length() - 1) // 2) for order, _ in pairs[:-1]]
+    scales.append(1 / math.sqrt(block) / math.prod(scales))
+    return tuple(Factor(order, stride, scale) for (order, stride), scale in zip(pairs, scales, strict=True))
 
 
 @functools.cache
 def _cached_factors(block: int, inverse: bool, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
     # A tensor made under a fake or an inference mode would outlive the mode in the cache.
     with torch.inference_mode(False), _disable_current_modes():
-        factors = []
-        for size in _factor_sizes(block):
-            signs = _sylvester(size) if _is_power_of_two(size) else _base(size)
-            factors.append(torch.from_numpy((signs.T if inverse else signs).copy()).to(dtype))
+        made = []
+        for factor in factors(block, inverse):
+            k, power = _decompose_or_raise(factor.order)
+            signs = np.kron(_base(k), _sylvester(power))
+            made.append(torch.from_numpy((signs.T if inverse else signs).copy()).to(dtype))
         # A parameter, because those keep static shapes under torch.compile(dynamic=True).
-        return tuple(torch.nn.Parameter(f.to(device), requires_grad=False) for f in factors)
+        return tuple(torch.nn.Parameter(each.to(device), requires_grad=False) for each in made)
 
 
 # A tuple for each rotation, because Dynamo (torch 2.13) takes one bare tensor for each such function and graph.
@@ -256,12 +296,15 @@ def _factors(block: int, inverse: bool, dtype: torch.dtype, device: torch.device
     return _cached_factors(block, inverse, dtype, device)
 
 
-def rotate(x: torch.Tensor, block: int, inverse: bool = False) -> torch.Tensor:
+def rotate(
+    x: torch.Tensor, block: int, inverse: bool = False, rounded: torch.dtype | None = None
+) -> torch.Tensor:
     """Each `block` consecutive elements of the last dim of x, rotated; `inverse=True` undoes it.
 
     Shape of x; float64 stays, all else is computed and returned in float32 (under torch's float32 matmul precision).
-    A new tensor, differentiable, and for block = 2**p its own inverse. Equals `x @ rotation_matrix(block)` block by
-    block, but costs the sum of the Kronecker factors (at most 64 each, or K) in place of `block` per element.
+    rounded: the dtype to which each factor but the last rounds what it hands on; None for float32.
+    A new tensor, differentiable. Equals `x @ rotation_matrix(block)` block by block, but costs the sum of the Kronecker
+    factors (at most 128 each, or K) in place of `block` per element.
     Raises FormatError when `block` has no rotation or does not divide the last dim.
     """
     # A size captured as symbolic (torch.compile with dynamic=True) has to become a number: it chooses constants.
@@ -273,10 +316,15 @@ def rotate(x: torch.Tensor, block: int, inverse: bool = False) -> torch.Tensor:
     device = y.device.type
     exact = torch.autocast(device, enabled=False) if device in ("cpu", "cuda") else nullcontext()
     with exact:
-        right = block
-        for size, factor in zip(_factor_sizes(block), _factors(block, inverse, y.dtype, y.device), strict=True):
-            right //= size
+        matrices = _factors(block, inverse, y.dtype, y.device)
+        for index, (factor, matrix) in enumerate(zip(factors(block, inverse), matrices, strict=True)):
             # A product from the right is one plain GEMM, where from the left it would be a batch of columns.
-            y = y.reshape(-1, size) @ factor.mT if right == 1 else factor @ y.reshape(-1, size, right)
-    # Once and last: sums of exact numbers are then exact in any order, here and in a kernel.
-    return y.reshape(x.shape) * (1 / math.sqrt(block))
+            if factor.stride == 1:
+                y = y.reshape(-1, factor.order) @ matrix.mT
+            else:
+                y = matrix @ y.reshape(-1, factor.order, factor.stride)
+            # After the sums: those of exact numbers are then exact in any order, here and in a kernel.
+            y = y * factor.scale
+            if rounded is not None and index < len(matrices) - 1:
+                y = y.to(rounded).to(y.dtype)
+    return y.reshape(x.shape)

@@ -75,7 +75,7 @@ _NVIDIA_SIGNS = 0xD7E8
 
 
 def turn(x: Tensor, cast: Cast, seed: Tensor | None, spins: Spins) -> Tensor:
-    """`x` rotated as the cast asks, its turned axes zero-padded to whole blocks; rounded once, to its own dtype."""
+    """`x` rotated as the cast asks, its turned axes zero-padded to whole blocks; each factor of a rotation rounds to its dtype."""
     if x.numel() == 0:
         return x.new_zeros(cast.turned(x.shape)) if cast.turns else x
     turned = x
@@ -85,9 +85,10 @@ def turn(x: Tensor, cast: Cast, seed: Tensor | None, spins: Spins) -> Tensor:
             rows = turned.mT if axis == 0 else turned
             rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % rotation.block))
             rows = rows if rows.dtype == torch.float64 else rows.to(torch.float32)
-            rows = hadamard.rotate(_signed(rows, rotation, seed, spins[axis]).contiguous(), rotation.block)
+            rows = _signed(rows, rotation, seed, spins[axis]).contiguous()
+            rows = hadamard.rotate(rows, rotation.block, rounded=x.dtype).to(x.dtype)
             turned = rows.mT if axis == 0 else rows
-    return turned.to(x.dtype).contiguous() if cast.turns else x
+    return turned.contiguous() if cast.turns else x
 
 
 def _signed(rows: Tensor, rotation: Rotation, seed: Tensor | None, spin: int) -> Tensor:
@@ -236,7 +237,7 @@ def _scaled_mm_fake(
 def hadamard_reference(
     x: Tensor, axis: int, rotation: str, size: int | None = None, seed: Tensor | None = None, spin: int = 0
 ) -> Tensor:
-    """A rotation along storage axis 0 or 1 of a matrix; FP32 inside, x's dtype out.
+    """A rotation along storage axis 0 or 1 of a matrix; sums in FP32, x's dtype out and between its factors.
 
     size: None turns, zero-padding the axis to whole blocks; a number turns back and crops the axis to it.
     """
@@ -245,9 +246,10 @@ def hadamard_reference(
     rows = rows if x.dtype == torch.float64 else rows.to(torch.float32)
     if size is None:
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % spec.block))
-        rows = hadamard.rotate(_signed(rows, spec, seed, spin).contiguous(), spec.block)
+        rows = hadamard.rotate(_signed(rows, spec, seed, spin).contiguous(), spec.block, rounded=x.dtype)
     else:
-        rows = _signed(hadamard.rotate(rows.contiguous(), spec.block, inverse=True), spec, seed, spin)[..., :size]
+        rows = hadamard.rotate(rows.contiguous(), spec.block, inverse=True, rounded=x.dtype)
+        rows = _signed(rows, spec, seed, spin)[..., :size]
     return (rows if axis == 1 else rows.mT).to(x.dtype).contiguous()
 
 
