@@ -31,10 +31,8 @@ ONE_WAY, BOTH_WAYS = 0.88, 0.84
 ACROSS, NO_INSTRUCTION, RANDOM = 0.52, 0.32, 0.18
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
-# A rotation of more, or of no power of two, is a product of several and goes through memory. The factors are at most so large:
-TURN, CAST_FACTOR, GEMM_FACTOR = 128, 128, 64
-# A product of FP32 numbers is three of their BF16 parts, and parts and transposes take their time (measured on a Hopper).
-SPLIT = 8
+# A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits.
+TURN = 128
 
 
 @dataclass(frozen=True)
@@ -159,11 +157,16 @@ def _spans(output: Output) -> bool:
     return quant.outer is not None or 0 in (quant.block.rows, quant.block.cols)
 
 
-def _peaks_in_turn(output: Output) -> bool:
-    """True where the pass that turns a matrix finds the only amax, the whole matrix's, on the way."""
+def _of_whole(output: Output) -> bool:
+    """True where the only amax that comes first is the whole matrix's."""
     quant = output.cast.quant
-    whole = quant.outer is not None or (quant.block.rows, quant.block.cols) == (0, 0)
-    return whole and bool(_cast_passes(output.cast.rotations))
+    return quant.outer is not None or (quant.block.rows, quant.block.cols) == (0, 0)
+
+
+def _peaks_in_turn(output: Output) -> bool:
+    """True where the pass that turns a matrix finds the amax on the way."""
+    passes, left = _cast_passes(output.cast.rotations)
+    return _of_whole(output) and bool(passes) and not left
 
 
 def _of_rows(output: Output) -> bool:
@@ -194,22 +197,25 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         # Rows are all that scales span, and a program holds them.
         reads = sympy.Piecewise((1, cols <= ROW), (2, True)) if isinstance(cols, sympy.Expr) else 1 if cols <= ROW else 2
     turned: Any = 0
-    launches = reads if any(_spans(output) and not _peaks_in_turn(output) for output in outputs) else 1
-    read: Any = 0
-    turns = {output.cast.rotations for output in outputs}
+    launches, read = 0, 0
+    direct = [output for output in outputs if not _cast_passes(output.cast.rotations)[0]]
+    turns = {output.cast.rotations for output in outputs if output not in direct}
+    if direct:
+        # A pass along columns, which reads the matrix as it is, finds an amax of the whole for the others too.
+        found = any(cols is None for _, cols in turns) and all(_of_whole(output) or not _spans(output) for output in direct)
+        count = reads - 1 if found and twice else reads
+        read, launches = count * first, count
+        for pair in {output.cast.rotations for output in direct}:
+            turned += 2 * elements * sum(turn.block for turn in pair if turn is not None) * reads
     for pair in turns:
-        passes = _cast_passes(pair)
-        orders = [order for order, _ in passes] or [turn.block for turn in pair if turn is not None]
-        # Inside a cast every tile is turned for the amax and again for the codes; in memory it stays turned.
-        turned += 2 * elements * sum(orders) * (1 if passes else reads)
-        # The matrix that was turned in memory is what the codes are read from, and the amax, unless the last pass finds it.
+        passes, left = _cast_passes(pair)
+        # The last factor is multiplied in every tile that is read: for the amax, unless a pass finds it, and for the codes.
         own = [output for output in outputs if output.cast.rotations == pair]
         again = 2 if any(_spans(output) and not _peaks_in_turn(output) for output in own) else 1
-        read += sum(taken for _, (taken, _) in passes) * elements + (2 * again * elements if passes else 0)
-        written += sum(made for _, (_, made) in passes) * elements
-        launches += len(passes)
-    # What is not turned in memory shares the reads of the source.
-    read += reads * first if any(not _cast_passes(pair) for pair in turns) else 0
+        turned += 2 * elements * (sum(passes) + again * left)
+        read += (first if passes else 0) + 2 * (len(passes) - 1 + again) * elements
+        written += 2 * len(passes) * elements
+        launches += len(passes) + again
     return Cost(read, written, minimum, turned=turned, share=_share(outputs), launches=launches)
 
 
@@ -226,61 +232,43 @@ def _share(outputs: Sequence[Output]) -> float:
     return BOTH_WAYS if both else ONE_WAY
 
 
-def _orders(block: int, limit: int) -> list[int]:
-    """The factors of a large rotation."""
-    base, power = hadamard.decompose(block) or (1, block)
-    bits = power.bit_length() - 1
-    count = -(-bits // (limit.bit_length() - 1))
-    split = [1 << (bits // count + (index < bits % count)) for index in range(count)]
-    return split + ([base] if base > 1 else [])
-
-
 def _in_tile(turn: Rotation | None) -> bool:
     return turn is None or (turn.block <= TURN and turn.block & (turn.block - 1) == 0)
 
 
 @functools.cache
-def _cast_passes(pair: tuple[Rotation | None, Rotation | None]) -> tuple[tuple[int, tuple[int, int]], ...]:
-    """(order, bytes an element that are read and written) of each pass over the matrix that turns it; none in a tile.
+def _cast_passes(pair: tuple[Rotation | None, Rotation | None]) -> tuple[tuple[int, ...], int]:
+    """(what each pass over the matrix multiplies an element with; the order of the factor that tiles are left with, or 0).
 
-    Along rows one program turns whole blocks; along columns each factor is a pass. FP32 lies between two passes.
+    Along rows one program turns whole blocks; along columns each factor but the last, if it fits a tile, is a pass.
     """
     if all(map(_in_tile, pair)):
-        return ()
+        return (), 0
     rows, cols = pair
-    along_rows = _weighted(_cast_orders(cols.block), False) if cols is not None else []
-    along_cols = _weighted(_cast_orders(rows.block), bool(along_rows)) if rows is not None else []
-    return _through_memory(([sum(along_rows)] if along_rows else []) + along_cols)
+    passes = [sum(factor.order for factor in hadamard.factors(cols.block))] if cols is not None else []
+    along = [factor.order for factor in hadamard.factors(rows.block)] if rows is not None else []
+    left = along.pop() if len(along) > 1 and _in_tile(Rotation(along[-1])) else 0
+    return (*passes, *along), left
 
 
-def _cast_orders(block: int) -> list[int]:
-    base, power = hadamard.decompose(block) or (1, block)
-    if base > 1 and power >= CAST_FACTOR and block <= CAST_FACTOR**2:
-        return [CAST_FACTOR, block // CAST_FACTOR]
-    return _orders(block, CAST_FACTOR)
-
-
-def _weighted(orders: list[int], wide: bool) -> list[int]:
-    """Orders as they count: a factor that takes FP32 numbers, as all do behind the first, costs more. wide: the first too."""
-    return [order * (SPLIT if wide or index else 1) for index, order in enumerate(orders)]
-
-
-def _through_memory(orders: Sequence[int]) -> tuple[tuple[int, tuple[int, int]], ...]:
-    last = len(orders) - 1
-    return tuple((order, (4 if index else 2, 2 if index == last else 4)) for index, order in enumerate(orders))
+def _undone(turn: Rotation, axis: int) -> tuple[int, ...]:
+    """The same for the passes that turn a product back."""
+    orders = tuple(factor.order for factor in hadamard.factors(turn.block))
+    return orders if axis == 0 else (sum(orders),)
 
 
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:
     """Microseconds of a rotation of a matrix along one axis: by itself, or what it adds to a quantisation that it rides in."""
     elements = rows * cols
     # The same products and the same trips through memory as in a Cast that turns.
-    passes = _cast_passes((None, turn) if axis == 1 else (turn, None))
-    turned = 2 * elements * sum([order for order, _ in passes] or [turn.block])
-    trips = sum(taken + made for _, (taken, made) in passes) * elements
+    passes, left = _cast_passes((None, turn) if axis == 1 else (turn, None))
+    turned = 2 * elements * ((sum(passes) + left) or turn.block)
+    moved = 2 * itemsize * elements * len(passes)
     if rides:
-        return turned / (target.rates["bf16"] * 1e6) + trips / (target.bandwidth * 1e6)
-    moved = trips or 2 * itemsize * elements
-    return Cost(moved / 2, moved / 2, 2 * itemsize * elements, turned=turned, launches=max(len(passes), 1)).time(target)
+        return turned / (target.rates["bf16"] * 1e6) + moved / (target.bandwidth * 1e6)
+    launches = len(passes) + (left > 0 or not passes)
+    moved = 2 * itemsize * elements * launches
+    return Cost(moved / 2, moved / 2, 2 * itemsize * elements, turned=turned, launches=launches).time(target)
 
 
 def _cast(kernel: CastKernel, rows: Any, cols: Any) -> Cost:
@@ -327,12 +315,12 @@ def _gemm(kernel: GemmKernel, m: Any, n: Any, k: Any, target: Target) -> Cost:
     turned, apart, launches = 0, 0, 1
     # A block that no tile holds sends the result through memory, factor by factor.
     away = not all(map(_in_tile, kernel.undo))
-    for turn in kernel.undo:
+    for axis, turn in enumerate(kernel.undo):
         if turn is not None:
-            passes = _through_memory(_orders(turn.block, GEMM_FACTOR)) if away else ()
-            turned += 2 * m * n * (sum(order for order, _ in passes) or turn.block)
-            taken, made = (sum(pair[index] for _, pair in passes) * m * n for index in range(2))
-            read, written, apart = read + taken, written + made, apart + taken + made
+            passes = _undone(turn, axis) if away else ()
+            turned += 2 * m * n * (sum(passes) or turn.block)
+            trip = size * len(passes) * m * n
+            read, written, apart = read + trip, written + trip, apart + 2 * trip
             launches += len(passes)
     kind = _product_kind(kernel.dot, kernel.out, target)
     return Cost(read, written, minimum, 2 * m * n * k, kind, turned, apart=apart, launches=launches)
