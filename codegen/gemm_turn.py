@@ -1,13 +1,11 @@
 """Rotations of a product that no tile holds, undone through memory.
 
-    product [M, N] -> a pass for each factor along columns -> rows by all their factors -> [R, C] -> finished -> out
+product [M, N] -> a pass for each factor along columns -> rows by all their factors -> [R, C] -> finished -> out
 """
 
 from __future__ import annotations
 
 import functools
-
-import torch
 
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments

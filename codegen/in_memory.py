@@ -118,7 +118,7 @@ class Turner:
         self._shapes: list[tuple[int, int]] = []  # of the tiles of each pass
 
     def turn(self, load: LoadOf, extents: Extents, plain: str) -> None:
-        """As a cast asks, but for `tile_factor`. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
+        """All but `tile_factor`. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
         rows, cols = self.rotations
         steps = [_Step(1, cols, hadamard.factors(cols.block))] if cols is not None else []
         if rows is not None:
@@ -139,9 +139,7 @@ class Turner:
         steps += [_Step(1, cols, hadamard.factors(cols.block, True))] if cols is not None else []
         self._run(steps, source, extents, None, crop)
 
-    def _run(
-        self, steps: list[_Step], source: str, extents: Extents, load: LoadOf | None, crop: Extents | None = None
-    ) -> None:
+    def _run(self, steps: list[_Step], source: str, extents: Extents, load: LoadOf | None, crop: Extents | None = None) -> None:
         for number, step in enumerate(steps):
             size = extents[step.axis]
             if crop is None:

@@ -296,9 +296,7 @@ def _factors(block: int, inverse: bool, dtype: torch.dtype, device: torch.device
     return _cached_factors(block, inverse, dtype, device)
 
 
-def rotate(
-    x: torch.Tensor, block: int, inverse: bool = False, rounded: torch.dtype | None = None
-) -> torch.Tensor:
+def rotate(x: torch.Tensor, block: int, inverse: bool = False, rounded: torch.dtype | None = None) -> torch.Tensor:
     """Each `block` consecutive elements of the last dim of x, rotated; `inverse=True` undoes it.
 
     Shape of x; float64 stays, all else is computed and returned in float32 (under torch's float32 matmul precision).

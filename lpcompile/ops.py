@@ -75,7 +75,7 @@ _NVIDIA_SIGNS = 0xD7E8
 
 
 def turn(x: Tensor, cast: Cast, seed: Tensor | None, spins: Spins) -> Tensor:
-    """`x` rotated as the cast asks, its turned axes zero-padded to whole blocks; each factor of a rotation rounds to its dtype."""
+    """`x` rotated as the cast asks, its turned axes zero-padded to whole blocks; each factor rounds to its dtype."""
     if x.numel() == 0:
         return x.new_zeros(cast.turned(x.shape)) if cast.turns else x
     turned = x

@@ -103,7 +103,7 @@ def test_streams_differ() -> None:
         BF16 + "e2m1:row:quest|1",
         BF16 + "e4m3:1x48|1",
         BF16 + "bf16:tensor:sr|1",
-        BF16 + "e4m3:1x128|1|1:h8",
+        BF16 + "e4m3:1x128|1|1:h344",
     ],
 )
 def test_what_is_not_generated_says_so(text: str) -> None:
