@@ -16,7 +16,7 @@ from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments, pointer
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.group import Group
-from lpcompile.codegen.in_memory import BASE_IMPORTS, BASE_MATRIX, BASE_SOURCE, Turner, tile_factor
+from lpcompile.codegen.in_memory import BASE_IMPORTS, BASE_MATRIX, BASE_SOURCE, Turner
 from lpcompile.codegen.origin import Origin, emit_origin, emit_plain
 from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.codegen.tiling import cast_schedules, needs_of
@@ -26,7 +26,7 @@ from lpcompile.codegen.write import POINTERS_TO
 from lpcompile.errors import KernelError
 from lpcompile.formats import Rounding
 from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
-from lpcompile.recipe import Cast, Rotation, Signs
+from lpcompile.recipe import Cast, Signs
 from lpcompile.target import Target
 
 assert __name__ == "lpcompile.codegen.cast", "import it as lpcompile.codegen, not as codegen"
@@ -34,7 +34,6 @@ assert __name__ == "lpcompile.codegen.cast", "import it as lpcompile.codegen, no
 __all__ = ["cast_schedules", "emit_cast"]
 
 Tiled = CastKernel | RequantKernel | DecodeKernel
-_TURNED = 8192  # elements of a tile that is turned
 
 
 def emit_cast(kernel: Tiled, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
@@ -157,25 +156,13 @@ class _Emitter:
         plain = self.origin.tensors[0].name if isinstance(self.kernel, CastKernel) and self.kernel.plain else ""
         turner.turn(load, self.extents, plain)
         self.turners.append(turner)
-        factor = tile_factor(output.cast.rotations)
-        left = (Rotation(factor.order), None) if factor is not None else (None, None)
-        tile = self.tile
-        if factor is not None:
-            tile = tile[0], max(_TURNED // tile[0], *(needs_of(each.cast)[1] for _, each in members))
-        read = emit_plain(turner.result, self.dtype, tile, turner.extents, self.fragments, f"load_{turner.result}")
+        read = emit_plain(turner.result, self.dtype, self.tile, turner.extents, self.fragments, f"load_{turner.result}")
         views = [
-            View.of(
-                index,
-                replace(each, cast=Cast(each.cast.quant, each.cast.axis, left)),
-                tile,
-                turner.extents,
-                factor.scale if factor is not None else None,
-            )
+            View.of(index, replace(each, cast=Cast(each.cast.quant, each.cast.axis)), self.tile, turner.extents)
             for index, each in members
         ]
-        self._add(read, turner.extents, views, f"_{first}", "", tile)
-        if factor is None:
-            self.groups[-1].let_peak(turner.raise_peak)
+        self._add(read, turner.extents, views, f"_{first}", "")
+        self.groups[-1].let_peak(turner.raise_peak)
 
     def _add(
         self,

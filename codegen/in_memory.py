@@ -1,10 +1,9 @@
 """Rotations too large for a tile: kernels of their own, which write the turned matrix.
 
 A rotation is a product of the factors of `hadamard`. Along a row, one program turns whole blocks by all of them. Along a column
-each factor is a pass over the matrix; the last one of a Cast is left to its tiles, where it fits one. Between two factors
-numbers have the dtype of the matrix.
+each factor is a pass over the matrix. Between two factors numbers have the dtype of the matrix.
 
-    cast: rows -> columns, widest stride first -> the tile's own factor          undo of a product: columns -> rows
+    cast: rows -> columns, the widest stride first          undo of a product: columns, the widest stride last -> rows
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import signs_at
 from lpcompile.codegen.origin import Origin
 from lpcompile.codegen.source import next_power_of_two
-from lpcompile.codegen.turn import fits, matrix_fragment, product_fragment
+from lpcompile.codegen.turn import matrix_fragment, product_fragment
 from lpcompile.errors import KernelError
 from lpcompile.hadamard import Factor
 from lpcompile.recipe import Rotation, Signs
@@ -33,20 +32,12 @@ _ROW_TILE = 4096  # elements that one program turns at least
 _LARGEST_ROW = 1 << 15
 _COLUMN_TILE = 8192
 _PROGRAMS = 2000  # that keep a large device busy
+_SMALL = ("sm_89", "sm_120")  # less than half the shared memory of the others
 
 Extents = tuple[Extent, Extent]
 Rotations = tuple[Rotation | None, Rotation | None]
 # (name, tile, sizes) -> the function that loads such tiles
 LoadOf = Callable[[str, tuple[int, int], Extents], Origin]
-
-
-def tile_factor(rotations: Rotations) -> Factor | None:
-    """The last factor of a rotation along columns, where rotations are carried out in memory and tiles can do the last."""
-    if all(map(fits, rotations)) or rotations[0] is None:
-        return None
-    found = hadamard.factors(rotations[0].block)
-    inner = Rotation(found[-1].order) if found[-1].order > 1 else None
-    return found[-1] if len(found) > 1 and inner is not None and fits(inner) else None
 
 
 def padded(factor: Factor) -> int:
@@ -118,13 +109,11 @@ class Turner:
         self._shapes: list[tuple[int, int]] = []  # of the tiles of each pass
 
     def turn(self, load: LoadOf, extents: Extents, plain: str) -> None:
-        """All but `tile_factor`. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
+        """As a cast asks. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
         rows, cols = self.rotations
         steps = [_Step(1, cols, hadamard.factors(cols.block))] if cols is not None else []
         if rows is not None:
-            found = hadamard.factors(rows.block)
-            count = len(found) - (tile_factor(self.rotations) is not None)
-            steps += [_Step(0, rows, (each,), not index) for index, each in enumerate(found[:count])]
+            steps += [_Step(0, rows, (each,), not index) for index, each in enumerate(hadamard.factors(rows.block))]
         source = plain
         if steps[0].axis == 0 and not plain:
             source = self._copy(load, extents)
@@ -294,9 +283,10 @@ class Turner:
         """Makes programs walk over several tiles along `extent`; the number of programs along it."""
         tiles = -(-(extent.known or 4096) // length) * (others.known or 32)
         steps = max(1, min(16, next_power_of_two(tiles // _PROGRAMS)))
-        elements = tile[0] * tile[1]
-        # What is loaded ahead lies in shared memory.
-        ahead = 1 if self.dtype.itemsize > 2 or steps == 1 else 3 if elements <= 8192 else 2
+        # What is loaded ahead lies in shared memory. (Found on an H200: going back, large tiles are better off without.)
+        large = tile[0] * tile[1] > _COLUMN_TILE
+        alone = self.dtype.itemsize > 2 or steps == 1 or (large and (self.back or self.fragments.target.name in _SMALL))
+        ahead = 1 if alone else 3
         made.function.add("program = tl.program_id(0)", f"first = program // {others.text} * {length * steps}")
         end = f"tl.minimum(first + {length * steps}, {extent.text})" if steps > 1 else f"first + {length}"
         made.loop = f"for {start} in tl.range(first, {end}, {length}, num_stages={ahead}):"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lpcompile.codegen.in_memory import tile_factor
 from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
 from lpcompile.codegen.turn import fits
 from lpcompile.errors import KernelError
@@ -22,9 +21,6 @@ def needs_of(cast: Cast) -> tuple[int, int]:
     for axis, rotation in enumerate(cast.rotations):
         if rotation is not None and all(map(fits, cast.rotations)):
             need[axis] = max(need[axis], rotation.block, 16)
-    factor = tile_factor(cast.rotations)
-    if factor is not None:
-        need[0] = max(need[0], factor.order)
     if cast.quant.rule is Rule.EDEN:
         need[cast.axis] = max(need[cast.axis], EDEN_GROUP)
     return need[0], need[1]

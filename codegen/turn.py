@@ -88,7 +88,7 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
         matrix += f" * tl.load(signs_{axis} + tl.arange(0, {size}))[:, None]"
     elif rotation.signs is not Signs.NONE:
         matrix += f" * {signs(fragments, rotation, 'seed', f'spin_{axis}', size)}[:, None]"
-    scale = view.scale or 1 / math.sqrt(block)
+    scale = 1 / math.sqrt(block)
 
     def product(value: str, matrix: str, left: bool = False) -> str:
         name = product_fragment(dtype, fragments, left)

@@ -79,27 +79,23 @@ def origin(block: tuple[int, int], place: tuple[str, str] = ("row0", "col0")) ->
 class View:
     """Output number `index`, read as the matrix that is written: transposed outputs are those of the transposed tile.
 
-    tile: of this matrix. extents: its sizes, padded to whole rotation blocks. scale: of its rotation, where that is a factor of
-    a larger one.
+    tile: of this matrix. extents: its sizes, padded to whole rotation blocks.
     """
 
     index: int
     output: Output
     tile: tuple[int, int]
     extents: tuple[Extent, Extent]
-    scale: float | None = None
 
     @staticmethod
-    def of(
-        index: int, output: Output, tile: tuple[int, ...], extents: tuple[Extent, Extent], scale: float | None = None
-    ) -> View:
+    def of(index: int, output: Output, tile: tuple[int, ...], extents: tuple[Extent, Extent]) -> View:
         """tile, extents: of the matrix that the kernel reads."""
         axes = zip(extents, output.cast.rotations, strict=True)
         turned = [each if rotation is None else each.padded(rotation.block) for each, rotation in axes]
         flip = -1 if output.transposed else 1
         rows, cols = turned[::flip]
         tile_rows, tile_cols = tile[::flip]
-        return View(index, output, (tile_rows, tile_cols), (rows, cols), scale)
+        return View(index, output, (tile_rows, tile_cols), (rows, cols))
 
     @property
     def quant(self) -> Quant:

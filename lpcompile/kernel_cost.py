@@ -165,8 +165,7 @@ def _of_whole(output: Output) -> bool:
 
 def _peaks_in_turn(output: Output) -> bool:
     """True where the pass that turns a matrix finds the amax on the way."""
-    passes, left = _cast_passes(output.cast.rotations)
-    return _of_whole(output) and bool(passes) and not left
+    return _of_whole(output) and bool(_passes(output.cast.rotations))
 
 
 def _of_rows(output: Output) -> bool:
@@ -198,7 +197,7 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         reads = sympy.Piecewise((1, cols <= ROW), (2, True)) if isinstance(cols, sympy.Expr) else 1 if cols <= ROW else 2
     turned: Any = 0
     launches, read = 0, 0
-    direct = [output for output in outputs if not _cast_passes(output.cast.rotations)[0]]
+    direct = [output for output in outputs if not _passes(output.cast.rotations)]
     turns = {output.cast.rotations for output in outputs if output not in direct}
     if direct:
         # A pass along columns, which reads the matrix as it is, finds an amax of the whole for the others too.
@@ -208,12 +207,12 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         for pair in {output.cast.rotations for output in direct}:
             turned += 2 * elements * sum(turn.block for turn in pair if turn is not None) * reads
     for pair in turns:
-        passes, left = _cast_passes(pair)
-        # The last factor is multiplied in every tile that is read: for the amax, unless a pass finds it, and for the codes.
+        passes = _passes(pair)
+        # The codes are made of what the last pass wrote, and so is the amax, unless that pass finds it.
         own = [output for output in outputs if output.cast.rotations == pair]
         again = 2 if any(_spans(output) and not _peaks_in_turn(output) for output in own) else 1
-        turned += 2 * elements * (sum(passes) + again * left)
-        read += (first if passes else 0) + 2 * (len(passes) - 1 + again) * elements
+        turned += 2 * elements * sum(passes)
+        read += first + 2 * (len(passes) - 1 + again) * elements
         written += 2 * len(passes) * elements
         launches += len(passes) + again
     return Cost(read, written, minimum, turned=turned, share=_share(outputs), launches=launches)
@@ -237,36 +236,29 @@ def _in_tile(turn: Rotation | None) -> bool:
 
 
 @functools.cache
-def _cast_passes(pair: tuple[Rotation | None, Rotation | None]) -> tuple[tuple[int, ...], int]:
-    """(what each pass over the matrix multiplies an element with; the order of the factor that tiles are left with, or 0).
+def _passes(pair: tuple[Rotation | None, Rotation | None]) -> tuple[int, ...]:
+    """What each pass over a matrix that is turned in memory multiplies an element with; nothing where a tile holds blocks.
 
-    Along rows one program turns whole blocks; along columns each factor but the last, if it fits a tile, is a pass.
+    Along rows one program turns whole blocks; along columns each factor is a pass.
     """
     if all(map(_in_tile, pair)):
-        return (), 0
+        return ()
     rows, cols = pair
-    passes = [sum(factor.order for factor in hadamard.factors(cols.block))] if cols is not None else []
-    along = [factor.order for factor in hadamard.factors(rows.block)] if rows is not None else []
-    left = along.pop() if len(along) > 1 and _in_tile(Rotation(along[-1])) else 0
-    return (*passes, *along), left
-
-
-def _undone(turn: Rotation, axis: int) -> tuple[int, ...]:
-    """The same for the passes that turn a product back."""
-    orders = tuple(factor.order for factor in hadamard.factors(turn.block))
-    return orders if axis == 0 else (sum(orders),)
+    along_rows = [sum(factor.order for factor in hadamard.factors(cols.block))] if cols is not None else []
+    along_cols = [factor.order for factor in hadamard.factors(rows.block)] if rows is not None else []
+    return (*along_rows, *along_cols)
 
 
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:
     """Microseconds of a rotation of a matrix along one axis: by itself, or what it adds to a quantisation that it rides in."""
     elements = rows * cols
     # The same products and the same trips through memory as in a Cast that turns.
-    passes, left = _cast_passes((None, turn) if axis == 1 else (turn, None))
-    turned = 2 * elements * ((sum(passes) + left) or turn.block)
+    passes = _passes((None, turn) if axis == 1 else (turn, None))
+    turned = 2 * elements * (sum(passes) or turn.block)
     moved = 2 * itemsize * elements * len(passes)
     if rides:
         return turned / (target.rates["bf16"] * 1e6) + moved / (target.bandwidth * 1e6)
-    launches = len(passes) + (left > 0 or not passes)
+    launches = max(len(passes), 1)
     moved = 2 * itemsize * elements * launches
     return Cost(moved / 2, moved / 2, 2 * itemsize * elements, turned=turned, launches=launches).time(target)
 
@@ -312,16 +304,11 @@ def _gemm(kernel: GemmKernel, m: Any, n: Any, k: Any, target: Target) -> Cost:
     read += sum(_input_bytes(kind, m, n) for kind in kernel.then.inputs) if kernel.then is not None else 0
     written = kernel.result.itemsize * m * n
     minimum = read + written
-    turned, apart, launches = 0, 0, 1
     # A block that no tile holds sends the result through memory, factor by factor.
-    away = not all(map(_in_tile, kernel.undo))
-    for axis, turn in enumerate(kernel.undo):
-        if turn is not None:
-            passes = _undone(turn, axis) if away else ()
-            turned += 2 * m * n * (sum(passes) or turn.block)
-            trip = size * len(passes) * m * n
-            read, written, apart = read + trip, written + trip, apart + 2 * trip
-            launches += len(passes)
+    passes = _passes(kernel.undo)
+    turned = 2 * m * n * (sum(passes) or sum(turn.block for turn in kernel.undo if turn is not None))
+    trip = size * len(passes) * m * n
+    read, written, apart, launches = read + trip, written + trip, 2 * trip, 1 + len(passes)
     kind = _product_kind(kernel.dot, kernel.out, target)
     return Cost(read, written, minimum, 2 * m * n * k, kind, turned, apart=apart, launches=launches)
 
