@@ -31,15 +31,16 @@ ONE_WAY, BOTH_WAYS = 0.88, 0.84
 ACROSS, NO_INSTRUCTION, RANDOM = 0.52, 0.32, 0.18
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
-# A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits.
-TURN = 128
+# A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits: in
+# passes, whose products are hidden behind what they move at this share of the bandwidth (measured on a Hopper).
+TURN, PASS = 128, 0.78
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One launch. read, written, minimum: bytes; flops: of a product in instructions of `kind`; turned: flops of rotations,
-    in bf16; share: of the bandwidth that such a kernel reaches; apart: bytes, among those, that functions after a product move;
-    launches: functions that are started."""
+    """One launch. read, written, minimum: bytes; flops: of a product in instructions of `kind`; turned: flops of rotations in
+    tiles, in bf16; share: of the bandwidth that such a kernel reaches; apart: bytes, among those, that passes of rotations
+    through memory move; launches: functions that are started."""
 
     read: Any
     written: Any
@@ -59,7 +60,7 @@ class Cost:
         """Microseconds."""
         product = self.flops / (rate(self.kind, target) * 1e6)
         memory = (self.moved - self.apart) / (self.share * target.bandwidth * 1e6)
-        turning = self.turned / (target.rates["bf16"] * 1e6) + self.apart / (ONE_WAY * target.bandwidth * 1e6)
+        turning = self.turned / (target.rates["bf16"] * 1e6) + self.apart / (PASS * target.bandwidth * 1e6)
         return _larger(_larger(product, memory) + turning, self.launches * target.launch)
 
 
@@ -196,7 +197,7 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         # Rows are all that scales span, and a program holds them.
         reads = sympy.Piecewise((1, cols <= ROW), (2, True)) if isinstance(cols, sympy.Expr) else 1 if cols <= ROW else 2
     turned: Any = 0
-    launches, read = 0, 0
+    launches, read, apart = 0, 0, 0
     direct = [output for output in outputs if not _passes(output.cast.rotations)]
     turns = {output.cast.rotations for output in outputs if output not in direct}
     if direct:
@@ -211,11 +212,11 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         # The codes are made of what the last pass wrote, and so is the amax, unless that pass finds it.
         own = [output for output in outputs if output.cast.rotations == pair]
         again = 2 if any(_spans(output) and not _peaks_in_turn(output) for output in own) else 1
-        turned += 2 * elements * sum(passes)
-        read += first + 2 * (len(passes) - 1 + again) * elements
-        written += 2 * len(passes) * elements
-        launches += len(passes) + again
-    return Cost(read, written, minimum, turned=turned, share=_share(outputs), launches=launches)
+        apart += first + (4 * passes - 2) * elements
+        read += first + 2 * (passes - 1 + again) * elements
+        written += 2 * passes * elements
+        launches += passes + again
+    return Cost(read, written, minimum, turned=turned, share=_share(outputs), apart=apart, launches=launches)
 
 
 def _share(outputs: Sequence[Output]) -> float:
@@ -236,17 +237,15 @@ def _in_tile(turn: Rotation | None) -> bool:
 
 
 @functools.cache
-def _passes(pair: tuple[Rotation | None, Rotation | None]) -> tuple[int, ...]:
-    """What each pass over a matrix that is turned in memory multiplies an element with; nothing where a tile holds blocks.
+def _passes(pair: tuple[Rotation | None, Rotation | None]) -> int:
+    """The number of passes over a matrix that is turned in memory; 0 where a tile holds blocks.
 
     Along rows one program turns whole blocks; along columns each factor is a pass.
     """
-    if all(map(_in_tile, pair)):
-        return ()
     rows, cols = pair
-    along_rows = [sum(factor.order for factor in hadamard.factors(cols.block))] if cols is not None else []
-    along_cols = [factor.order for factor in hadamard.factors(rows.block)] if rows is not None else []
-    return (*along_rows, *along_cols)
+    if all(map(_in_tile, pair)):
+        return 0
+    return int(cols is not None) + (len(hadamard.factors(rows.block)) if rows is not None else 0)
 
 
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:
@@ -254,13 +253,12 @@ def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int
     elements = rows * cols
     # The same products and the same trips through memory as in a Cast that turns.
     passes = _passes((None, turn) if axis == 1 else (turn, None))
-    turned = 2 * elements * (sum(passes) or turn.block)
-    moved = 2 * itemsize * elements * len(passes)
-    if rides:
-        return turned / (target.rates["bf16"] * 1e6) + moved / (target.bandwidth * 1e6)
-    launches = max(len(passes), 1)
-    moved = 2 * itemsize * elements * launches
-    return Cost(moved / 2, moved / 2, 2 * itemsize * elements, turned=turned, launches=launches).time(target)
+    once = 2 * itemsize * elements
+    if passes:
+        moved = passes * once
+        return Cost(moved / 2, moved / 2, once, apart=moved, launches=passes).time(target)
+    flops = 2 * elements * turn.block
+    return flops / (target.rates["bf16"] * 1e6) if rides else Cost(once / 2, once / 2, once, turned=flops).time(target)
 
 
 def _cast(kernel: CastKernel, rows: Any, cols: Any) -> Cost:
@@ -306,9 +304,9 @@ def _gemm(kernel: GemmKernel, m: Any, n: Any, k: Any, target: Target) -> Cost:
     minimum = read + written
     # A block that no tile holds sends the result through memory, factor by factor.
     passes = _passes(kernel.undo)
-    turned = 2 * m * n * (sum(passes) or sum(turn.block for turn in kernel.undo if turn is not None))
-    trip = size * len(passes) * m * n
-    read, written, apart, launches = read + trip, written + trip, 2 * trip, 1 + len(passes)
+    turned = 0 if passes else 2 * m * n * sum(turn.block for turn in kernel.undo if turn is not None)
+    trip = size * passes * m * n
+    read, written, apart, launches = read + trip, written + trip, 2 * trip, 1 + passes
     kind = _product_kind(kernel.dot, kernel.out, target)
     return Cost(read, written, minimum, 2 * m * n * k, kind, turned, apart=apart, launches=launches)
 
