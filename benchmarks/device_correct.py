@@ -50,7 +50,7 @@ MORE_CASTS = {
     "int8 sr": "cast x0:f16 = x0 as f16 -> int8:row:sr|1",
     "fp32": "cast x0:f32 = x0 as f32 -> e4m3:1x128|1, e4m3:1x128|0'",
     "mx nearest": "cast x0:bf16 = x0 as bf16 -> e5m2:1x32:e8m0:nearest|1",
-    "nvfp4 both": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32|1, e2m1:1x16:e4m3+f32:sr|0|0:h16drawn'",
+    "nvfp4 both": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32|1, e2m1:1x16:e4m3+f32:sr8|0|0:h16drawn'",
     "large turn": "cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h512, int8:tensor|1|0:h512",
     "silu up dual": "cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> keep, e4m3:row:up|1, e4m3:row:up|0'",
 }

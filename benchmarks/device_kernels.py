@@ -30,7 +30,7 @@ CASTS = {
     "int8 row both": ROWS + "int8:row|1, int8:row|0'",
     "mx8 decoded both": ROWS + "e4m3:1x32:e8m0:up|1~, e4m3:1x32:e8m0:up|0~'",
     "mx4 both": ROWS + "e2m1:1x32:e8m0:up|1, e2m1:1x32:e8m0:up|0'",
-    "nvfp4 both h16": ROWS + "e2m1:1x16:e4m3+f32:sr|1, e2m1:1x16:e4m3+f32:sr|0|0:h16fixed'",
+    "nvfp4 both h16": ROWS + "e2m1:1x16:e4m3+f32:sr8|1, e2m1:1x16:e4m3+f32:sr8|0|0:h16fixed'",
     "1x128 both h32": ROWS + "e4m3:1x128|1, e4m3:1x128|0|0:h32fixed'",
     "int8 tensor h4096": ROWS + "int8:tensor|1|1:h4096",
     "swiglu 1x128 both": "cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> e4m3:1x128|1, e4m3:1x128|0'",

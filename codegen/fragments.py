@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lpcompile.codegen import dither
 from lpcompile.codegen.source import POINTERS
 from lpcompile.errors import KernelError
 from lpcompile.formats import BF16, E4M3, E5M2, E8M0, F16, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
@@ -289,7 +290,7 @@ def encode_{elem}(scaled):
     return shifted.to(tl.int32, bitcast=True).to(tl.{storage})
 '''
             return self.add(f"encode_{elem}", text)
-        argument, _ = _units(rounding)
+        argument, _ = dither.units(rounding)
         whole = self._whole_units(rounding)
         text = f'''
 def encode_{elem}_{rounding}(scaled{argument}):
@@ -301,7 +302,7 @@ def encode_{elem}_{rounding}(scaled{argument}):
         return self.add(f"encode_{elem}_{rounding}", text)
 
     def _whole_units(self, rounding: Rounding) -> str:
-        argument, value = _units(rounding)
+        argument, value = dither.units(rounding)
         return self.numbered(
             "whole_units",
             f'''
@@ -323,6 +324,8 @@ def whole_units(magnitude{argument}):
         made = f"(code | {signed}).to(tl.{storage})" + (".to(tl.float16, bitcast=True)" if elem == F16 else "")
         name, argument, lines = self._in_steps("encode", elem, rounding)
         code = [f"    code = ((exponent - {low}) << {elem.man}) + units"]
+        if rounding is Rounding.SR8:
+            code = [dither.code(elem)]
         if nearest:
             code = [
                 "    # The exponent, moved beside the steps, is the code of the binade.",
@@ -342,7 +345,7 @@ def {name}(scaled{argument}):
     def grid(self, elem: Elem, rounding: Rounding) -> str:
         """A function from scaled values (and noise) to the values that codes stand for, in FP32."""
         if isinstance(elem, Int):
-            argument, _ = _units(rounding)
+            argument, _ = dither.units(rounding)
             text = f'''
 def grid_{elem}(scaled{argument}):
     """What {elem} codes stand for."""
@@ -360,6 +363,8 @@ def grid_{elem}(scaled):
         value = f"units.to(tl.float32) * ((exponent - {elem.man}) << 23).to(tl.float32, bitcast=True)"
         if rounding is Rounding.RTNE:
             value = f"tl.fma(binade, {-(2.0 ** (23 - elem.man))!r}, shifted)"
+        elif rounding is Rounding.SR8:
+            value = dither.value(elem)
         # NaN has to stay NaN here: block scales go through this too.
         text = f'''
 def {name}(scaled{argument}):
@@ -381,7 +386,7 @@ def {name}(scaled{argument}):
         low = elem.emin + 127
         if low <= elem.man or elem.emax + 127 + 23 - elem.man > 254:
             raise KernelError(f"{elem}: codes near the ends of FP32's range are not generated")
-        argument, _ = _units(rounding)
+        argument, _ = dither.units(rounding)
         top = f"tl.minimum(tl.abs(scaled), {elem.max!r})"
         if rounding is Rounding.RTNE:
             lines = [
@@ -400,6 +405,9 @@ def {name}(scaled{argument}):
                 f"    units = {self._whole_units(rounding)}(magnitude.to(tl.float32, bitcast=True) * per_step{argument})",
             ]
         name = f"{verb}_{elem}" + ("" if rounding is Rounding.RTNE else f"_{rounding}")
+        if rounding is Rounding.SR8:
+            self.add("add_down", dither.ADD_DOWN_INTERPRETED if self.interpreted else dither.ADD_DOWN)
+            return name, argument, dither.steps(elem, _bits(elem.max))
         return name, argument, "\n".join(lines)
 
     # ---- codes back to values ------------------------------------------------------------------------------------
@@ -465,14 +473,6 @@ _ROUNDED = {
     Rounding.SR: "rounded stochastically",
     Rounding.SR8: "rounded stochastically",
 }
-
-
-def _units(rounding: Rounding) -> tuple[str, str]:
-    """(further argument, how a magnitude becomes an integer)."""
-    if not rounding.stochastic:
-        return "", "low"
-    # Only the fraction meets the noise: a sum with the whole number would be rounded.
-    return ", noise", "low + (magnitude - low.to(tl.float32) + noise >= 1.0).to(tl.int32)"
 
 
 def _bits(value: float) -> str:

@@ -59,30 +59,30 @@ _COUNTER = """
     counter = row * (cols // {n}) + (col0 // {n} + tl.arange(0, WIDTH // {n})[None, :]).to(tl.uint32)
 """.strip("\n")
 _UNIFORM = "return (word >> 8).to(tl.float32) * 5.960464477539063e-08"
-_UNIFORM8 = "return word.to(tl.float32) * 0.00390625"
+_UNIFORM8 = "return word.to(tl.uint8)"
 
 
 def uniform(fragments: Fragments, eight: bool, cols: Extent) -> str:
-    """A function (key, row0, col0, cols, HEIGHT, WIDTH) -> noise in [0, 1) for a tile of a matrix with `cols` columns.
+    """A function (key, row0, col0, cols, HEIGHT, WIDTH) -> noise for a tile of a matrix with `cols` columns.
 
-    eight: multiples of 1/256, else of 2^-24.
+    Multiples of 2^-24 in [0, 1); eight: bytes.
     """
     per_counter = 16 if eight else 4
     if cols.divides(per_counter):
         lines = [_COUNTER.format(n=per_counter), f"    word = {_words(fragments)}(key, counter)"]
         if eight:
-            lines.append("    word = (word[:, :, None] >> (8 * tl.arange(0, 4)[None, None, :]).to(tl.uint32)) & 0xFF")
+            lines.append("    word = word[:, :, None] >> (8 * tl.arange(0, 4)[None, None, :]).to(tl.uint32)")
             lines.append("    word = tl.reshape(word, (HEIGHT, WIDTH))")
     else:
         lines = [_INDEX.format(wide=".to(tl.int64)" if fragments.wide else "")]
         word = _word_of(fragments)
         if eight:
-            lines.append(f"    word = ({word}(key, index // 4) >> (8 * (index % 4)).to(tl.uint32)) & 0xFF")
+            lines.append(f"    word = {word}(key, index // 4) >> (8 * (index % 4)).to(tl.uint32)")
         else:
             lines.append(f"    word = {word}(key, index)")
     text = [
         "def uniform_tile(key, row0, col0, cols, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):",
-        f'    """Multiples of {"1/256" if eight else "2^-24"} in [0, 1), by the place in the matrix alone."""',
+        f'    """{"Bytes" if eight else "Multiples of 2^-24 in [0, 1)"}, by the place in the matrix alone."""',
         *lines,
         f"    {_UNIFORM8 if eight else _UNIFORM}",
     ]

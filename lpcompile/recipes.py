@@ -67,7 +67,8 @@ _MXFP4 = _gemm("e2m1:1x32:e8m0:up", "e2m1:1x32:e8m0:up")
 MXFP4 = Recipe("mxfp4", fprop=_MXFP4, dgrad=_MXFP4, wgrad=_MXFP4)
 
 # NVIDIA's NVFP4 pre-training (arXiv 2509.25149): E2M1 with an E4M3 scale per 16 and an FP32 scale per tensor. Weights in
-# 16x16 blocks, so that fprop and dgrad see one weight; gradients rounded stochastically, each GEMM with a stream of its own;
+# 16x16 blocks, so that fprop and dgrad see one weight; gradients rounded stochastically, by 8 random bits as the hardware's
+# instruction takes them, each GEMM with a stream of its own;
 # the operands of wgrad turned by a random Hadamard of 16 along tokens (one fixed sign vector). The last 15 % of the
 # blocks keep high precision.
 # Y = Q(X) Q16(W)^T         dX = Qsr(E) Q16(W)         dW = Qsr(E^T R) Q(X^T R)^T
@@ -75,8 +76,8 @@ _FP4 = "e2m1:1x16:e4m3+f32"
 NVFP4 = Recipe(
     "nvfp4",
     fprop=_gemm(_FP4, "e2m1:16x16:e4m3+f32"),
-    dgrad=_gemm(_FP4 + ":sr", "e2m1:16x16:e4m3+f32"),
-    wgrad=_gemm(_FP4 + ":sr", _FP4, k="h16fixed"),
+    dgrad=_gemm(_FP4 + ":sr8", "e2m1:16x16:e4m3+f32"),
+    wgrad=_gemm(_FP4 + ":sr8", _FP4, k="h16fixed"),
     keep_last=0.15,
 )
 

@@ -76,8 +76,8 @@ def _round(units: Tensor, rounding: Rounding, noise: Tensor | None) -> Tensor:
     assert noise is not None, "stochastic rounding needs noise"
     magnitude = units.abs()
     low = torch.floor(magnitude)
-    # Only the fraction meets the noise: a sum with the whole number would be rounded, up past values on the grid.
-    return torch.copysign(low + torch.floor(magnitude - low + noise), units)
+    # Up with the fraction's probability. A sum of fraction and noise would be rounded where this is exact.
+    return torch.copysign(low + (magnitude - low >= 1.0 - noise), units)
 
 
 def to_codes(value: Tensor, elem: Elem) -> Tensor:

@@ -31,6 +31,7 @@ RULES = (
     BF16 + f"{NVFP4}|1, {NVFP4}:4over6|0', e2m1:16x16:e4m3+f32|1#",
     BF16 + f"{NVFP4}:eden|1, {NVFP4}:eden|0'",
     BF16 + f"{NVFP4}:sr|1, e2m1:1x32:e8m0:matched:sr|0', e4m3:1x128:sr8|1, int8:row:sr|0'",
+    BF16 + f"{NVFP4}:sr8|1, {NVFP4}:sr8|0', e3m2:1x32:e8m0:up:sr8|1~, int8:row:sr8|0'",
     BF16 + f"{NVFP4}|1~, e2m1:1x32:e8m0:quest|0~', int8:row|0~, e4m3:1x128|1~",
 )
 PROLOGUES = (
