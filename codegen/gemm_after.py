@@ -76,17 +76,20 @@ def steps(plan: Plan) -> Lines:
 
 
 def _masked(plan: Plan) -> Lines:
-    row, col, size = ("rows[:, None]", "cols[None, :]", "N")
+    long, short, size, other = ("cols", "rows", "N", "M")
     if plan.kernel.mask_transposed:
-        row, col, size = col, row, "M"
+        long, short, size, other = short, long, other, size
     exact = plan.exact(0) and plan.exact(1)
-    inside = "" if exact else ", mask=(rows < M)[:, None] & (cols < N)[None, :], other=0"
+    inside = "" if exact else f", mask=({short} < {other})[:, None] & (8 * byte < {size})[None, :], other=0"
     return [
         "@triton.jit",
         "def masked(result, rows, cols, M, N, mask):",
         f'    """0 where the clip mask is: bit i % 8 of byte i // 8 of {"a row" if size == "N" else "a column"}."""',
-        f"    byte = tl.load(mask + {row}.to(tl.int64) * tl.cdiv({size}, 8) + {col} // 8{inside}).to(tl.int32)",
-        f"    return tl.where((byte >> ({col} % 8)) & 1 != 0, result, 0.0).to(result.dtype)",
+        f"    byte = tl.max(tl.reshape({long}, ({long}.shape[0] // 8, 8)), axis=1) // 8",
+        f"    bits = tl.load(mask + {short}[:, None].to(tl.int64) * tl.cdiv({size}, 8) + byte[None, :]{inside}).to(tl.int32)",
+        "    bits = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1",
+        f"    bits = tl.reshape(bits, ({short}.shape[0], {long}.shape[0]))",
+        f"    return tl.where({'bits' if size == 'N' else 'tl.trans(bits)'} != 0, result, 0.0).to(result.dtype)",
         "",
         "",
     ]
