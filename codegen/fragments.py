@@ -387,6 +387,10 @@ def {name}(scaled{argument}):
         if low <= elem.man or elem.emax + 127 + 23 - elem.man > 254:
             raise KernelError(f"{elem}: codes near the ends of FP32's range are not generated")
         argument, _ = dither.units(rounding)
+        name = f"{verb}_{elem}" + ("" if rounding is Rounding.RTNE else f"_{rounding}")
+        if rounding is Rounding.SR8:
+            self.add("add_down", dither.ADD_DOWN_INTERPRETED if self.interpreted else dither.ADD_DOWN)
+            return name, argument, dither.steps(elem, _bits(elem.max))
         top = f"tl.minimum(tl.abs(scaled), {elem.max!r})"
         if rounding is Rounding.RTNE:
             lines = [
@@ -404,10 +408,6 @@ def {name}(scaled{argument}):
                 f"    per_step = (({254 + elem.man} - exponent) << 23).to(tl.float32, bitcast=True)",
                 f"    units = {self._whole_units(rounding)}(magnitude.to(tl.float32, bitcast=True) * per_step{argument})",
             ]
-        name = f"{verb}_{elem}" + ("" if rounding is Rounding.RTNE else f"_{rounding}")
-        if rounding is Rounding.SR8:
-            self.add("add_down", dither.ADD_DOWN_INTERPRETED if self.interpreted else dither.ADD_DOWN)
-            return name, argument, dither.steps(elem, _bits(elem.max))
         return name, argument, "\n".join(lines)
 
     # ---- codes back to values ------------------------------------------------------------------------------------
