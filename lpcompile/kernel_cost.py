@@ -20,15 +20,16 @@ import sympy
 import torch
 
 from lpcompile import hadamard
-from lpcompile.formats import F32, Quant
+from lpcompile.formats import F32, Quant, Rounding, Rule
 from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Input, Kernel, Output, RequantKernel
 from lpcompile.recipe import Cast, Dot, DotOperand, Rotation, decoded_parts, folds
 from lpcompile.target import Target
 
 # Share of the copy's bandwidth that casts reach, as measured on a Hopper: codes in one orientation, in both.
 ONE_WAY, BOTH_WAYS = 0.88, 0.84
-# What arithmetic bounds: blocks of 128 across each other, codes that no instruction makes, random words for each of them.
-ACROSS, NO_INSTRUCTION, RANDOM = 0.52, 0.32, 0.18
+# What arithmetic bounds: blocks of 128 across each other, codes that no instruction makes, with a random word or byte for
+# each of them, MS-EDEN's sums.
+ACROSS, NO_INSTRUCTION, RANDOM, RANDOM_BYTE, EDEN = 0.52, 0.32, 0.26, 0.45, 0.12
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
 # A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits: in
@@ -223,8 +224,10 @@ def _share(outputs: Sequence[Output]) -> float:
     """Share of the bandwidth that a cast reaches."""
     both = len({output.transposed for output in outputs}) == 2
     quants = [output.cast.quant for output in outputs]
+    if any(quant.rule is Rule.EDEN for quant in quants):
+        return EDEN
     if any(quant.rounding.stochastic for quant in quants):
-        return RANDOM
+        return RANDOM if any(quant.rounding is Rounding.SR for quant in quants) else RANDOM_BYTE
     if any(quant.packed for quant in quants) and both:
         return NO_INSTRUCTION
     if both and any(max(quant.block.along(1)) >= 128 for quant in quants):
