@@ -13,6 +13,7 @@ from lpcompile.codegen.source import next_power_of_two
 from lpcompile.codegen.turn import emit_signs, emit_turn
 from lpcompile.codegen.views import Blocks, View, origin
 from lpcompile.codegen.write import emit_write
+from lpcompile.formats import Rule
 
 assert __name__ == "lpcompile.codegen.group", "import it as lpcompile.codegen, not as codegen"
 
@@ -42,7 +43,9 @@ _PROGRAMS = 1000  # that keep a large device busy
 
 
 def _wide(view: View) -> bool:
-    return any(rotation is not None and rotation.block >= 64 for rotation in view.rotations)
+    """True where the matrix of a rotation is large, and what else lives in registers leaves room to keep it."""
+    light = view.quant.rule is not Rule.EDEN
+    return light and any(rotation is not None and rotation.block >= 64 for rotation in view.rotations)
 
 
 class Group:

@@ -31,7 +31,7 @@ BOUNDS = {
     "nvfp4": 0.015,  # 0.0016
     "quartet2": 0.015,  # 0.0108
 }
-PER_TENSOR = "e2m1:tensor @ e2m1:tensor"
+PER_TENSOR = "int3:tensor @ int3:tensor"  # 0.08
 BROKEN = f"fprop: {PER_TENSOR}; dgrad: {PER_TENSOR}; wgrad: {PER_TENSOR}"
 
 
@@ -65,7 +65,7 @@ def test_a_recipe_trains_as_well(recipe: str) -> None:
 
 
 def test_a_broken_recipe_fails_the_gate() -> None:
-    """Four bits with one scale a tensor and no rotation."""
+    """Three bits with one scale a tensor and no rotation."""
     assert gap(BROKEN) > max(BOUNDS.values())
 
 
