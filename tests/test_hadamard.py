@@ -10,7 +10,7 @@ import torch
 
 from lpcompile import hadamard
 from lpcompile.errors import FormatError
-from lpcompile.hadamard import BASE_ORDERS, base_matrix, decompose, largest_block, rotate, rotation_matrix
+from lpcompile.hadamard import BASE_ORDERS, base_matrix, decompose, factors, largest_block, rotate, rotation_matrix
 
 SIZES = [n for n in range(1, 1025) if decompose(n)]
 # One Kronecker factor, two and three; a base matrix alone, with one and with two more.
@@ -222,6 +222,21 @@ def test_all_but_float64_is_computed_in_float32(dtype, block) -> None:
     exact = rotate(x.double(), block)
     assert exact.dtype == torch.float64
     assert (y - exact).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("block", [64, 144, 576, 4096, 14336])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_what_factors_hand_on_is_rounded(block, inverse) -> None:
+    x = torch.randn(16, block).bfloat16()
+    exact = rotate(x.double(), block, inverse)
+    y = rotate(x, block, inverse, rounded=torch.bfloat16)
+    found = factors(block, inverse)
+    assert math.prod(factor.order for factor in found) == block
+    assert math.prod(factor.scale for factor in found) == pytest.approx(1 / math.sqrt(block), rel=1e-12)
+    error = float((y - exact).norm() / exact.norm())
+    # A rounding to 8 bits is 2^-9 / sqrt(3) of a number at most, and none where one factor is all.
+    assert error < 1e-6 if len(found) == 1 else 1e-4 < error < (len(found) - 1) * 2**-9 / math.sqrt(3) * 1.5
+    assert (y.roll(1, -1) - exact).norm() > exact.norm()
 
 
 @pytest.mark.parametrize("compiled", [False, True])
