@@ -12,7 +12,21 @@ import torch
 import lpcompile as lp
 from lpcompile.cost import K, M, N, expressions, gemm_times, predict
 from lpcompile.kernel import parse
-from lpcompile.kernel_cost import ACROSS, ALONE, ONE_WAY, PASS, Cost, Readers, kernel_cost, kind_of, rate, total
+from lpcompile.kernel_cost import (
+    ACROSS,
+    ALONE,
+    EDEN,
+    ONE_WAY,
+    PASS,
+    RANDOM,
+    RANDOM_BYTE,
+    Cost,
+    Readers,
+    kernel_cost,
+    kind_of,
+    rate,
+    total,
+)
 from lpcompile.recipe import Gemm
 from lpcompile.target import Target, find_target
 
@@ -208,6 +222,16 @@ def test_time_of_a_cast() -> None:
     assert both.time(TOY) == pytest.approx(4.0625 * size / (5e5 * ACROSS))
     turned = cost("cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1|1:h32", 1024, 1024)
     assert turned.time(TOY) - one.time(TOY) == pytest.approx(2 * 32 * size / 2e6)
+
+
+@pytest.mark.parametrize(("quant", "share"), [("", ONE_WAY), (":sr", RANDOM), (":sr8", RANDOM_BYTE), (":eden", EDEN)])
+def test_what_random_numbers_cost(quant: str, share: float) -> None:
+    found = cost(f"cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32{quant}|1", 4096, 4096)
+    assert found.share == share and found.time(TOY) == pytest.approx(found.moved / (5e5 * share))
+
+
+def test_words_cost_more_than_bytes_and_sums_the_most() -> None:
+    assert EDEN < RANDOM < RANDOM_BYTE < ONE_WAY
 
 
 def test_a_large_rotation_is_a_product_of_two() -> None:
