@@ -222,7 +222,8 @@ class Turner:
     def _column(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
         (factor,) = step.factors
         size, stride, height = factor.order, factor.stride, padded(factor)
-        width = min(max(_COLUMN_TILE // height, 16), 256)
+        # FP32 numbers are three of 16 bits to a product.
+        width = min(max(_COLUMN_TILE // (height * (1 if self.dtype.itemsize == 2 else 2)), 16), 256)
         whole, cols = (extents if self.back else written)[0], extents[1]
         made, head, body = self._start(f"cols_{size}_{stride}_{self.index}", step)
         lines = whole.blocks(size)
