@@ -1,23 +1,32 @@
-"""Launches that skip Triton's look-up: after the first, a kernel is found by what Triton would specialise it on.
+"""Launches that skip Triton's look-up: what a kernel was compiled for is known after the first, and so is what `launch` does.
 
 Triton binds arguments, options and globals anew at each launch, which takes longer than a small kernel runs. A generated module
-fixes its options and globals, so that dtypes, alignment and numbers are all that a look-up needs.
+fixes its options and globals, so that dtypes, alignment and numbers are all that a look-up needs (`Quick`). And since its
+`launch` only allocates and launches, for inputs of one kind always the same, that is noted once and done again with other
+addresses (`Prepared`), without its arithmetic of grids and descriptors.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 assert __name__ == "lpcompile.codegen.quick", "import it as lpcompile.codegen, not as codegen"
 
+_ALIGNED = 16  # bytes, what Triton asks about pointers
+_NOTING = threading.local()
 
-def quick(generated: types.ModuleType) -> Callable[..., list[Tensor]]:
-    """The module's `launch`, its jit functions launched without the look-up. For one device."""
+
+def quick(generated: types.ModuleType) -> Prepared:
+    """The module's `launch`, its jit functions launched without look-up. For inputs of one shape and dtype, on one device."""
     from triton.runtime.jit import JITFunction
 
     namespace: dict[str, Any] = dict(vars(generated))
@@ -26,8 +35,7 @@ def quick(generated: types.ModuleType) -> Callable[..., list[Tensor]]:
             namespace[name] = types.FunctionType(value.__code__, namespace, name, value.__defaults__, value.__closure__)
         elif isinstance(value, JITFunction):
             namespace[name] = Quick(value)
-    launch: Callable[..., list[Tensor]] = namespace["launch"]
-    return launch
+    return Prepared(namespace["launch"])
 
 
 class Quick:
@@ -44,13 +52,165 @@ class Quick:
         key = tuple(map(_specialised, arguments))
         kernel = self.kernels.get(key)
         if kernel is None:
-            self.kernels[key] = self.function[grid](*arguments, **options)
+            kernel = self.kernels[key] = self.function[grid](*arguments, **options)
         else:
-            kernel[(*grid, 1, 1)[:3]](*arguments)
+            kernel[_three(grid)](*arguments)
+        noted = getattr(_NOTING, "launches", None)
+        if noted is not None:
+            noted.append((kernel, grid, arguments))
+
+
+def _three(grid: tuple[int, ...]) -> tuple[int, ...]:
+    return (*grid, 1, 1)[:3]
 
 
 def _specialised(argument: Any) -> Any:
     """What a compiled kernel depends on of an argument; of a number its value, which may be a constant of the kernel."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
+        return argument.dtype, argument.data_ptr() % _ALIGNED == 0
     return argument if isinstance(argument, int) else type(argument)
+
+
+class Prepared:
+    """A generated `launch` that is carried out once for each call site's numbers, and from its notes after that.
+
+    Where it does more than allocate and launch, or hands on anything but whole tensors, it is carried out each time.
+    """
+
+    def __init__(self, launch: Callable[..., list[Tensor]]) -> None:
+        self.launch = launch
+        self.notes: dict[tuple[Any, ...], Notes | None] = {}
+
+    def __call__(
+        self,
+        inputs: list[Tensor],
+        sizes: Sequence[int] = (),
+        seed: Tensor | None = None,
+        uses: Sequence[int] = (),
+        spins: Sequence[int] = (),
+    ) -> list[Tensor]:
+        given = inputs if seed is None else [*inputs, seed]
+        addresses = [x.data_ptr() for x in given]
+        key = (*uses, *spins, *[address % _ALIGNED == 0 for address in addresses])
+        if key in self.notes:
+            notes = self.notes[key]
+            return self.launch(inputs, sizes, seed, uses, spins) if notes is None else notes.carry_out(given, addresses)
+        if len(set(addresses)) < len(addresses):
+            # Which of them a kernel was given cannot be told; another call may.
+            return self.launch(inputs, sizes, seed, uses, spins)
+        results, self.notes[key] = _note(given, lambda: self.launch(inputs, sizes, seed, uses, spins))
+        return results
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One launch. start: a compiled kernel on its grid; arguments: numbers as they are, tensors still to be put in.
+
+    addressed: (position, tensor) of pointers; described: those of TMA descriptors. Tensors count from the given ones on.
+    """
+
+    start: Callable[..., None]
+    arguments: tuple[Any, ...]
+    addressed: tuple[tuple[int, int], ...]
+    described: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a launch did: what it allocated (function, size, dtype), what it launched, which tensors it returned."""
+
+    device: torch.device
+    made: tuple[tuple[Callable[..., Tensor], tuple[int, ...], torch.dtype], ...]
+    steps: tuple[_Step, ...]
+    results: tuple[int, ...]
+
+    def carry_out(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
+        """The same on other tensors of the same kind, in the current stream."""
+        device = self.device
+        tensors = [*given, *[make(size, dtype=dtype, device=device) for make, size, dtype in self.made]]
+        pointers = [*addresses, *[x.data_ptr() for x in tensors[len(given) :]]]
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        for step in self.steps:
+            arguments = list(step.arguments)
+            for position, index in step.addressed:
+                arguments[position] = pointers[index]
+            for position, index in step.described:
+                arguments[position] = _described(arguments[position], tensors[index])
+            step.start(*arguments, stream=stream)
+        return [tensors[index] for index in self.results]
+
+
+def _described(descriptor: Any, base: Tensor | None) -> Any:
+    """A descriptor like this one of another tensor, without the checks that this one passed."""
+    made = object.__new__(type(descriptor))
+    made.__dict__.update(descriptor.__dict__)
+    made.base = base
+    return made
+
+
+class _Allocations(TorchDispatchMode):
+    """Notes what is allocated, and whether torch is asked for anything else that is not a view."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[tuple[Callable[..., Tensor], Tensor]] = []
+        self.other = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        make = _MAKERS.get(func)
+        if make is not None:
+            self.made.append((make, result))
+        elif not func.is_view:
+            self.other = True
+        return result
+
+
+_MAKERS: dict[Any, Callable[..., Tensor]] = {
+    torch.ops.aten.empty.memory_format: torch.empty,
+    torch.ops.aten.zeros.default: torch.zeros,
+}
+
+
+def _note(given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Notes | None]:
+    """The results of a launch, and notes of it; None where they cannot stand for it."""
+    allocations = _Allocations()
+    launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
+    _NOTING.launches = launches
+    try:
+        with allocations:
+            results = launch()
+    finally:
+        del _NOTING.launches
+    made = allocations.made
+    tensors = [*given, *[x for _, x in made]]
+    places = {x.data_ptr(): index for index, x in enumerate(tensors)}
+    known = {id(x): index for index, x in enumerate(tensors)}
+    try:
+        steps = tuple(_step(kernel, grid, arguments, places, tensors) for kernel, grid, arguments in launches)
+        returned = tuple(known[id(result)] for result in results)
+    except KeyError:
+        return results, None
+    if allocations.other or len(places) < len(tensors) or not all(x.is_contiguous() for _, x in made):
+        return results, None
+    allocated = tuple((make, tuple(x.shape), x.dtype) for make, x in made)
+    return results, Notes(given[0].device, allocated, steps, returned)
+
+
+def _step(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], places: dict[int, int], tensors: Sequence[Tensor]
+) -> _Step:
+    """The notes of one launch. Raises KeyError for an argument that is part of a tensor, or of none that is known."""
+    kept: list[Any] = list(arguments)
+    addressed, described = [], []
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            addressed.append((position, places[argument.data_ptr()]))
+            kept[position] = None
+        elif hasattr(argument, "base"):
+            index = places[argument.base.data_ptr()]
+            if argument.base.dtype != tensors[index].dtype:
+                raise KeyError(position)
+            described.append((position, index))
+            kept[position] = _described(argument, None)
+    return _Step(kernel[_three(grid)], tuple(kept), tuple(addressed), tuple(described))
