@@ -185,10 +185,9 @@ def _note(given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[
     made = allocations.made
     tensors = [*given, *[x for _, x in made]]
     places = {x.data_ptr(): index for index, x in enumerate(tensors)}
-    known = {id(x): index for index, x in enumerate(tensors)}
     try:
         steps = tuple(_step(kernel, grid, arguments, places, tensors) for kernel, grid, arguments in launches)
-        returned = tuple(known[id(result)] for result in results)
+        returned = tuple(_whole(result, places, tensors) for result in results)
     except KeyError:
         return results, None
     if allocations.other or len(places) < len(tensors) or not all(x.is_contiguous() for _, x in made):
@@ -208,9 +207,15 @@ def _step(
             addressed.append((position, places[argument.data_ptr()]))
             kept[position] = None
         elif hasattr(argument, "base"):
-            index = places[argument.base.data_ptr()]
-            if argument.base.dtype != tensors[index].dtype:
-                raise KeyError(position)
-            described.append((position, index))
+            described.append((position, _whole(argument.base, places, tensors)))
             kept[position] = _described(argument, None)
     return _Step(kernel[_three(grid)], tuple(kept), tuple(addressed), tuple(described))
+
+
+def _whole(x: Tensor, places: dict[int, int], tensors: Sequence[Tensor]) -> int:
+    """The tensor that x is. Raises KeyError where it is a view of another kind, or part of one."""
+    index = places[x.data_ptr()]
+    known = tensors[index]
+    if (x.shape, x.stride(), x.dtype) != (known.shape, known.stride(), known.dtype):
+        raise KeyError(index)
+    return index
