@@ -59,6 +59,8 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
     add("--torchao-wheel", type=Path, help="a wheel or an unpacked folder")
     add("--quick", action="store_true", help="fewer shapes and contenders")
     add("--graphs", action="store_true", help="every contender under CUDA graphs")
+    add("--head", action="store_true", help="every contender converts the output head too")
+    add("--attention", choices=("sdpa", "cudnn"), default="sdpa", help="whose attention the whole model has")
     add("--always", action="store_true", help="convert also where low precision is predicted slower")
     add("--profile", action="store_true", help="also the time of each kernel in a step")
     add("--dry-run", action="store_true", help="on a CPU, in tiny sizes, with the reference executor")
@@ -84,6 +86,8 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
         args.profile,
         torchao,
         args.seeds,
+        args.head,
+        args.attention,
     )
     return [PARTS[name] for name in args.only.split(",")], settings
 

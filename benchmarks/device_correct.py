@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lpcompile.codegen import emit, module, schedules
 from lpcompile.codegen.example import Example, example, mismatch
+from lpcompile.codegen.quick import quick
 from lpcompile.codegen.source import Schedule, Sizes
 from lpcompile.codegen.tune import failures
 from lpcompile.kernel import CastKernel, GemmKernel, Kernel, parse
@@ -138,7 +139,8 @@ def _wrong(call: Example, size: Sequence[int], schedule: Schedule, settings: Set
     if settings.dry:
         launch = lambda *_: call.reference()  # noqa: E731
     else:
-        launch = module.load(emit(call.kernel, Sizes.of(*size), _target(settings), schedule)).launch
+        # The second time it is carried out from the notes of the first.
+        launch = quick(module.load(emit(call.kernel, Sizes.of(*size), _target(settings), schedule)))
     expected = call.reference()
     found = []
     for byte in (0xA5, 0x5A):

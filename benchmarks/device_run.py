@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ Row = dict[str, Any]
 class Settings:
     """What every part is told. budget: seconds a part may take; minutes: of training per recipe, in bf16's time; graphs: under
     CUDA graphs; always: also where low precision is predicted slower; torchao: a folder or wheel to import it from;
-    seeds: of training."""
+    seeds: of training; head: the output head is converted too, by everyone; attention: of transformers' Llama, "sdpa" as torch
+    chooses or "cudnn"."""
 
     out: str
     recipes: tuple[str, ...] = RECIPES
@@ -63,6 +64,8 @@ class Settings:
     profile: bool = False
     torchao: str = ""
     seeds: int = 1
+    head: bool = False
+    attention: str = "sdpa"
 
     @property
     def device(self) -> torch.device:
@@ -321,7 +324,7 @@ def compiled(model: nn.Module, contender: str, settings: Settings) -> Any:
 
             def wanted(module: nn.Module, name: str) -> bool:
                 sizes = isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
-                return sizes and "lm_head" not in name
+                return sizes and (settings.head or "lm_head" not in name)
 
             config = Float8LinearConfig.from_recipe_name(TORCHAO[contender])
             model = convert_to_float8_training(model, config=config, module_filter_fn=wanted)
@@ -329,8 +332,12 @@ def compiled(model: nn.Module, contender: str, settings: Settings) -> Any:
         how: dict[str, Any] = {"options": graphs} if graphs else {}
         return torch.compile(model, dynamic=False, backend=backend, **how)
     from lpcompile.backend import lowprec
+    from lpcompile.recipes import find_recipe
 
-    options: dict[str, Any] = {"recipe": contender, "always": settings.always, "inductor": graphs}
+    recipe = find_recipe(contender)
+    if settings.head:
+        recipe = replace(recipe, keep=tuple(glob for glob in recipe.keep if "lm_head" not in glob))
+    options: dict[str, Any] = {"recipe": recipe, "always": settings.always, "inductor": graphs}
     if settings.dry:
         options |= {"executor": "reference", "always": True}
     return torch.compile(model, dynamic=False, backend=lowprec, options=options)
