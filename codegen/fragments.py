@@ -216,13 +216,13 @@ def divide(x, scale):
     unit = tl.maximum(scale.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
     per_unit = inverse_power_of_two(unit)
     scale = scale * per_unit
-    x = x * per_unit
+    negative = x * -per_unit
     # One Newton step rounds the hardware's estimate correctly: true of each of the 2^23 mantissas.
     near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [scale], tl.float32, True, 1)
-    reciprocal = tl.fma(tl.fma(-scale, near, 1.0), near, near)
-    quotient = x * reciprocal
+    reciprocal = -tl.fma(tl.fma(-scale, near, 1.0), near, near)
+    quotient = negative * reciprocal
     # The remainder is taken negative: that of -0 leaves its sign alone.
-    return tl.fma(tl.fma(scale, quotient, -x), -reciprocal, quotient)
+    return tl.fma(tl.fma(scale, quotient, negative), reciprocal, quotient)
 ''',
         )
 

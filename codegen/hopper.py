@@ -29,6 +29,7 @@ assert __name__ == "lpcompile.codegen.hopper", "import it as lpcompile.codegen, 
 
 _STEP_BYTES = 128  # of the contraction in one stage: what TMA swizzles
 _SHARED = 232_448  # bytes of shared memory a program may use
+_FACTORS = "gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])"
 _ELEMENTS = {
     torch.float8_e4m3fn: "gl.float8e4nv",
     torch.float8_e5m2: "gl.float8e5",
@@ -86,9 +87,9 @@ def _product(kernel: GemmKernel) -> GemmKernel:
 
 
 def _stages(kernel: GemmKernel, tile: tuple[int, int, int]) -> int:
-    """As many as fit beside what is staged for the store."""
+    """As many as fit beside what is staged for the store, and beside four steps' scales of each row where sums are promoted."""
     m, n, _ = tile
-    staged = m * 128 * kernel.out.itemsize
+    staged = m * 128 * kernel.out.itemsize + (m * 16 if n == 128 else 0)
     return min(6, (_SHARED - staged - 1024) // ((m + n) * _STEP_BYTES + 512))
 
 
@@ -246,14 +247,14 @@ class _Writer:
             *body.indented(_tiles(["for k in range(gl.cdiv(K, BLOCK_K)):", *body.indented(inside)])),
         ]
 
-    def consumer(self, doc: str, start: list[str], inside: list[str], finish: list[str], extra: list[str]) -> list[str]:
+    def consumer(self, doc: str, start: list[str], steps: list[str], finish: list[str], extra: list[str]) -> list[str]:
         arguments = ["I: gl.constexpr", "a", "b", *extra, "out_desc", "staged", *self.scales, "full", "empty", "M", "N", "K"]
         rows = [
             "rows = row + I * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, LAYOUT))",
             "cols = col + gl.arange(0, 128, layout=gl.SliceLayout(0, LAYOUT))",
         ]
         layout = f"version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, {self.step // 4}]"
-        tile = [*rows, *start, "for k in range(gl.cdiv(K, BLOCK_K)):", *body.indented(inside), *finish]
+        tile = [*rows, *start, *steps, *finish]
         return [
             "",
             "",
@@ -261,6 +262,7 @@ class _Writer:
             f"def consume({', '.join(arguments)}, PROGRAMS):",
             f'    """{doc}"""',
             f"    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout({layout})",
+            *(["    FOUR: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])"] if "factors" in extra else []),
             "    count = 0",
             *body.indented(_tiles(tile)),
             "    tma.store_wait(0)",
@@ -292,44 +294,93 @@ class _Writer:
             "mbarrier.arrive(empty.index((count + STAGES - 1) % STAGES))",
             *(self.finished(acc, half) for half, acc in enumerate(accs)),
         ]
-        return self.consumer("64 rows of a tile.", [f"{acc} = {zero}" for acc in accs], inside, finish, [])
+        steps = ["for k in range(gl.cdiv(K, BLOCK_K)):", *body.indented(inside)]
+        return self.consumer("64 rows of a tile.", [f"{acc} = {zero}" for acc in accs], steps, finish, [])
 
     def promoting(self) -> list[str]:
         """A consumer that scales each group's sums and adds them up in FP32."""
-        plan = self.plan
-        mask = "" if plan.exact(0) else ", mask=rows < M, other=0.0"
-        start = [
-            "groups = gl.cdiv(K, BLOCK_K)",
-            "a_scales = a_scale + rows * groups",
-            *([] if self.vector else ["b_scales = b_scale + col // 128 * groups"]),
-            "nothing = gl.zeros([64, 128], gl.float32, layout=LAYOUT)",
-            "acc = nothing",
-            f"factor = gl.load(a_scales{mask})" + ("" if self.vector else " * gl.load(b_scales)"),
-        ]
-        operands = f"{self.piece(plan.a, 'I')}, {self.piece(plan.b, '0')}"
-        wide = "gl.zeros_like(partial)"
-        inside = [
-            "s = count % STAGES",
-            "# The next step's scales are on their way while this one multiplies.",
-            "following = gl.minimum(k + 1, groups - 1)",
-            f"next_a = gl.load(a_scales + following{mask})",
-            *([] if self.vector else ["next_b = gl.load(b_scales + following)"]),
+        extra = ["b_factors"] if self.vector else ["factors"]
+        doc = "64 rows of a tile: each group's sums leave the tensor cores and are scaled and added in FP32."
+        start = ["nothing = gl.zeros([64, 128], gl.float32, layout=LAYOUT)", "acc = nothing"]
+        start += self.rows_start() if self.vector else self.fours_start()
+        steps = self.rows_steps() if self.vector else self.fours_steps()
+        return self.consumer(doc, start, steps, [self.finished("acc", 0)], extra)
+
+    def promoted(self) -> list[str]:
+        """One step of a consumer; `factor` are its rows' scales."""
+        operands = f"{self.piece(self.plan.a, 'I')}, {self.piece(self.plan.b, '0')}"
+        shared = "b_factors.index(s).reshape((128,)).load(gl.SliceLayout(0, LAYOUT))"
+        mine = "factors.index(I * 4 + k % 4).reshape((64,)).load(gl.SliceLayout(1, LAYOUT))"
+        return [
             "mbarrier.wait(full.index(s), (count // STAGES) & 1)",
             f"partial = hopper.warpgroup_mma({operands}, nothing, use_acc=False, is_async=True)",
-            *(["b_factor = b_factors.index(s).reshape((128,)).load(gl.SliceLayout(0, LAYOUT))"] if self.vector else []),
+            f"b_factor = {shared}" if self.vector else f"factor = {mine}",
             "partial = hopper.warpgroup_mma_wait(0, deps=[partial])",
             "mbarrier.arrive(empty.index(s))",
             *(["partial = partial * b_factor[None, :]"] if self.vector else []),
-            f"acc = gl.fma(partial, factor[:, None] + {wide}, acc)",
-            f"factor = next_a{'' if self.vector else ' * next_b'}",
+            "acc = gl.fma(partial, factor[:, None] + gl.zeros_like(partial), acc)",
+        ]
+
+    @property
+    def fence(self) -> str:
+        """The mask of a load for each row."""
+        return "" if self.plan.exact(0) else ", mask=rows < M, other=0.0"
+
+    def rows_start(self) -> list[str]:
+        loads = f"factor = gl.load(a_scales{self.fence})"
+        return ["groups = gl.cdiv(K, BLOCK_K)", "a_scales = a_scale + rows * groups", loads]
+
+    def rows_steps(self) -> list[str]:
+        """Steps whose columns have scales of their own, which the producer brings."""
+        inside = [
+            "s = count % STAGES",
+            "# The next step's scales are on their way while this one multiplies.",
+            f"next_a = gl.load(a_scales + gl.minimum(k + 1, groups - 1){self.fence})",
+            *self.promoted(),
+            "factor = next_a",
             "count += 1",
         ]
-        extra = ["b_factors"] if self.vector else []
-        doc = "64 rows of a tile: each group's sums leave the tensor cores and are scaled and added in FP32."
-        return self.consumer(doc, start, inside, [self.finished("acc", 0)], extra)
+        return ["for k in range(groups):", *body.indented(inside)]
+
+    def fours_start(self) -> list[str]:
+        """Scales of four steps: a row's lie one behind the other, and one load brings them where K is a multiple of 512."""
+        fours = self.plan.sizes.divides(4 * _STEP_BYTES, 2)
+        return [
+            f"groups = {'K // 512 * 4' if fours else 'gl.cdiv(K, BLOCK_K)'}",
+            "part = gl.arange(0, 4, layout=gl.SliceLayout(0, FOUR))",
+            "four = row + I * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, FOUR))",
+            "a_scales = a_scale + four[:, None] * groups + part[None, :]",
+            "b_scales = b_scale + col // 128 * groups + part",
+            *self.fours(""),
+        ]
+
+    def fours(self, after: str) -> list[str]:
+        """Loads the scales of four steps, the first or those after some."""
+        rows = [] if self.plan.exact(0) else ["(four < M)[:, None]"]
+        left = [] if self.plan.sizes.divides(4 * _STEP_BYTES, 2) else [f"part{after} < groups"]
+        masks = {"a": " & ".join([*rows, *(f"({each})[None, :]" for each in left)]), "b": "".join(left)}
+        fences = {name: f", mask={mask}, other=0.0" if mask else "" for name, mask in masks.items()}
+        return [f"{name}_four = gl.load({name}_scales{after}{fence})" for name, fence in fences.items()]
+
+    def fours_steps(self) -> list[str]:
+        """Steps whose columns share a scale: of each four, every row's product of scales goes through shared memory."""
+        places = {"first": "I * 4", "second": "I * 4 + 1", "third": "I * 4 + 2", "fourth": "I * 4 + 3"}
+        inside = [
+            "even, odd = (a_four * b_four[None, :]).reshape([64, 2, 2]).split()",
+            "first, third = even.split()",
+            "second, fourth = odd.split()",
+            *(f"factors.index({place}).reshape((64,)).store({name})" for name, place in places.items()),
+            "# The next four steps' scales are on their way while these multiply.",
+            "following = gl.minimum(k4 + 4, (groups - 1) // 4 * 4)",
+            *self.fours(" + following"),
+            "for k in range(k4, gl.minimum(k4 + 4, groups)):",
+            *body.indented(["s = count % STAGES", *self.promoted(), "count += 1"]),
+        ]
+        return ["for k4 in range(0, groups, 4):", *body.indented(inside)]
 
     def gemm(self) -> list[str]:
-        plan, extra = self.plan, ["b_factors"] if self.vector else []
+        plan = self.plan
+        extra = ["b_factors"] if self.vector else ["factors"] if self.group else []
 
         def shared(name: str, dtype: torch.dtype, count: str, box: tuple[int, int], layout: str) -> str:
             return f"    {name} = gl.allocate_shared_memory({_ELEMENTS[dtype]}, [{count}, {box[0]}, {box[1]}], {layout})"
@@ -348,6 +399,7 @@ class _Writer:
             shared("a", plan.a.dtype, "STAGES * CONSUMERS", self.box(plan.a), "a_desc.layout"),
             shared("b", plan.b.dtype, "STAGES * HALVES", self.box(plan.b), "b_desc.layout"),
             *([shared("b_factors", torch.float32, "STAGES", (1, 128), "b_scale_desc.layout")] if self.vector else []),
+            *([shared("factors", torch.float32, "CONSUMERS * 4", (1, 64), _FACTORS)] if "factors" in extra else []),
             shared("staged", plan.kernel.out, "CONSUMERS", (64, 128), "out_desc.layout"),
             "    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
             "    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())",
