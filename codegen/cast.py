@@ -203,7 +203,13 @@ class _Emitter:
         parts = ["\n".join(top), self.fragments.text(), *passes, *groups]
         parts += [*([BASE_MATRIX] if bases else []), self._launch(), self._main()]
         entries = tuple(
-            Entry(each.function.name, tuple(map(self._argument, each.function.arguments)), each.warps, each.stages)
+            Entry(
+                each.function.name,
+                tuple(map(self._argument, each.function.arguments)),
+                each.warps,
+                each.stages,
+                registers=self.schedule.registers,
+            )
             for each in self.launches
         )
         return "\n\n\n".join(parts), entries
@@ -267,8 +273,9 @@ class _Emitter:
             if group.distinct:
                 lines.append(f"{group.peaks_name} = torch.zeros({group.peaks_count}, dtype=torch.int32, device=device)")
         lines += self._scalars()
+        most = f"maxnreg={self.schedule.registers}, " if self.schedule.registers else ""
         for each in self.launches:
-            options = f"num_warps={each.warps}, num_stages={each.stages}, enable_fp_fusion=False"
+            options = f"num_warps={each.warps}, num_stages={each.stages}, {most}enable_fp_fusion=False"
             lines.append(f"{each.function.name}[({each.grid},)](")
             lines.append(f"    {', '.join(each.function.arguments)},")
             lines += [f"    {options},", ")"]

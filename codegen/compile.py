@@ -110,6 +110,8 @@ def compile_entry(source: Source, entry: Entry, target: Target, contract: bool =
         attrs={(index,): [["tt.divisibility", 16]] for index, each in enumerate(entry.arguments) if _divisible(each)},
     )
     options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": contract}
+    if entry.registers:
+        options["maxnreg"] = entry.registers
     try:
         compiled = triton.compile(described, target=GPUTarget("cuda", int(target.name[3:]), 32), options=options)
     except (CompilationError, PTXASError, RuntimeError) as error:

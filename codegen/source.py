@@ -61,6 +61,7 @@ class Schedule:
     group: tiles of M that a Gemm's programs share in the L2. split: parts of the contraction that are summed apart.
     tma: tiles come and go through tensor descriptors. persistent: one program a multiprocessor walks over tiles.
     specialized: one warp brings tiles while others multiply (Gluon); `warps` counts all.
+    registers: at most so many a thread, so that more programs run beside each other; 0: as many as the compiler takes.
     vendor: the function of torch that does it instead of a generated kernel; there is no tile then.
     """
 
@@ -73,6 +74,7 @@ class Schedule:
     persistent: bool = False
     specialized: bool = False
     step: int = 0
+    registers: int = 0
     vendor: str = ""
 
     def __str__(self) -> str:
@@ -80,6 +82,7 @@ class Schedule:
             return f"torch's {self.vendor}"
         text = f"{'x'.join(map(str, self.tile))}, {self.warps} warps, {self.stages} stages"
         text += f", {self.step} at a time" if self.step else ""
+        text += f", at most {self.registers} registers" if self.registers else ""
         text += f", groups of {self.group}" if len(self.tile) == 3 else ""
         text += f", split {self.split}" if self.split > 1 else ""
         return (
@@ -110,6 +113,7 @@ class Entry:
     warps: int = 4
     stages: int = 2
     gluon: bool = False
+    registers: int = 0  # at most, where the schedule says so
 
 
 @dataclass(frozen=True)
