@@ -111,7 +111,8 @@ class _Emitter:
             turned.setdefault((rotations, index if drawn else None), []).append((index, output))
         written = "values" if isinstance(self.kernel, DecodeKernel) else "kept" if self.keeps else ""
         tile = self._part(False) if self.schedule.step else self.tile
-        self.origin = emit_origin(self.kernel, tile, self._reached, self.fragments)
+        eights = not self.schedule.step and any(each.down_rows for each in direct)
+        self.origin = emit_origin(self.kernel, tile, self._reached, self.fragments, eights=eights)
         if self.schedule.step:
             self.groups.append(self._in_parts(direct, written))
         elif direct or written:
@@ -141,7 +142,7 @@ class _Emitter:
 
     def _in_parts(self, views: list[View], written: str) -> Group:
         """Outputs of both orientations, each made of its own parts of a tile, which come from the cache the second time."""
-        across = emit_origin(self.kernel, self._part(True), self._reached, self.fragments, "load_across")
+        across = emit_origin(self.kernel, self._part(True), self._reached, self.fragments, "load_across", eights=True)
         self.views += views
         sizes, step = self.size_arguments, self.schedule.step
         return Group(self.origin, self._reached, self.tile, views, self.fragments, sizes, "", written, (across, step))

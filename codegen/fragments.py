@@ -67,6 +67,24 @@ def {name}{suffix}(matrix, {value}, row0, col0, {sizes}):
     def load(self, rows: bool, cols: bool) -> str:
         return self._tile("load_tile", "Reads", "tl.load(matrix + row * cols + col", rows, cols, "return ")
 
+    def load_eights(self, rows: bool, cols: bool) -> str:
+        """`load`, eight rows in a thread: what is reduced along rows, or written transposed, stays there longer."""
+        suffix = "_".join(["", *(["rows"] if rows else []), *(["cols"] if cols else [])])
+        checks = [*(["(row0 + row < rows)"] if rows else []), *(["(col0 + col < cols)"] if cols else [])]
+        mask = f", mask={' & '.join(checks)}, other=0.0" if checks else ""
+        offset = "tl.cast(row0, tl.int64)" if self.wide else "row0"
+        return self.add(
+            f"load_eights{suffix}",
+            f'''
+def load_eights{suffix}(matrix, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, row0, col0, {"rows, cols" if rows else "cols"}):
+    """Reads the tile at (row0, col0) of a row-major matrix with `cols` columns, eight rows in each thread."""
+    row = tl.arange(0, HEIGHT // 8)[:, None, None] * 8 + tl.arange(0, 8)[None, :, None]
+    col = tl.arange(0, WIDTH)[None, None, :]
+    matrix += {offset} * cols + col0
+    return tl.reshape(tl.load(matrix + row * cols + col{mask}), (HEIGHT, WIDTH))
+''',
+        )
+
     def store(self, rows: bool, cols: bool) -> str:
         return self._tile("store_tile", "Writes", "tl.store(matrix + row * cols + col, value", rows, cols)
 

@@ -39,10 +39,12 @@ class Read:
 
 
 class _Place:
-    """Loads of tiles of one matrix size."""
+    """Loads of tiles of one matrix size. eights: with eight rows in a thread."""
 
-    def __init__(self, tile: tuple[int, int], extents: tuple[Extent, Extent], fragments: Fragments) -> None:
-        self.tile, self.extents, self.fragments = tile, extents, fragments
+    def __init__(
+        self, tile: tuple[int, int], extents: tuple[Extent, Extent], fragments: Fragments, eights: bool = False
+    ) -> None:
+        self.tile, self.extents, self.fragments, self.eights = tile, extents, fragments, eights
 
     def load(self, name: str, block: tuple[int, int] = (1, 1), width: int = 1) -> str:
         """A tile of a matrix with one number a block; width: columns that share a number in memory (packed codes)."""
@@ -54,7 +56,8 @@ class _Place:
         sizes = [extent.blocks(length).text for extent, length in zip(self.extents, (block[0], block[1] * width), strict=True)]
         row, col = origin((block[0], block[1] * width))
         call = f"{name}, {counts[0]}, {counts[1] // width}, {row}, {col}, {', '.join(sizes if rows else sizes[1:])}"
-        return f"{self.fragments.load(rows, cols)}({call})"
+        load = self.fragments.load_eights if self.eights and block == (1, 1) else self.fragments.load
+        return f"{load(rows, cols)}({call})"
 
     def zeroed(self, name: str, function: Function) -> list[str]:
         """Lines that make a tile 0 beyond the matrix: there a prologue need not be."""
@@ -72,9 +75,10 @@ def emit_origin(
     extents: tuple[Extent, Extent],
     fragments: Fragments,
     name: str = "load_x",
+    eights: bool = False,
 ) -> Origin:
     """Writes the function that loads a tile, called `name`. Raises KernelError for what is not generated."""
-    place = _Place(tile, extents, fragments)
+    place = _Place(tile, extents, fragments, eights and isinstance(kernel, CastKernel))
     if isinstance(kernel, CastKernel):
         return _prologue(kernel, place, name)
     dtype = kernel.dtype if isinstance(kernel, RequantKernel) else torch.bfloat16

@@ -115,6 +115,14 @@ class View:
         return Blocks.of(self.tile, self.block)
 
     @property
+    def down_rows(self) -> bool:
+        """True where codes are made of blocks that lie along the rows of the matrix that is read, eight of which a thread then
+        reads. Not where a rotation's product hands the tile on."""
+        rows, cols = self.block[::-1] if self.output.transposed else self.block
+        lies = self.output.transposed or (cols == 1 and not self.output.decoded)
+        return rows >= 8 and lies and self.rotations == (None, None)
+
+    @property
     def rotations(self) -> tuple[Rotation | None, Rotation | None]:
         return written_cast(self.output).rotations
 
