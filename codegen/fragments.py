@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lpcompile.codegen import dither
+from lpcompile.codegen import dither, division
 from lpcompile.codegen.source import POINTERS
 from lpcompile.errors import KernelError
 from lpcompile.formats import BF16, E4M3, E5M2, E8M0, F16, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
@@ -43,13 +43,17 @@ class Fragments:
 
     # ---- tiles in memory -----------------------------------------------------------------------------------------
 
-    def _tile(self, name: str, verb: str, access: str, rows: bool, cols: bool, result: str = "") -> str:
-        """A function that accesses a tile of a row-major matrix; rows, cols: which sizes have to be checked."""
+    def _tile(self, name: str, verb: str, access: str, rows: bool, cols: bool, result: str = "", shape: str = "") -> str:
+        """A function that accesses a tile of a row-major matrix; rows, cols: which sizes have to be checked; shape: what
+        follows where rows come by eights."""
         suffix = "_".join(["", *(["rows"] if rows else []), *(["cols"] if cols else [])])
         checks = [*(["(row0 + row < rows)"] if rows else []), *(["(col0 + col < cols)"] if cols else [])]
         mask = f", mask={' & '.join(checks)}" if checks else ""
         value = "HEIGHT: tl.constexpr, WIDTH: tl.constexpr" if result else "value"
         height, width = ("HEIGHT", "WIDTH") if result else ("value.shape[0]", "value.shape[1]")
+        row = f"tl.arange(0, {height})[:, None]"
+        if shape:
+            row = f"tl.arange(0, {height} // 8)[:, None, None] * 8 + tl.arange(0, 8)[None, :, None]"
         sizes = "rows, cols" if rows else "cols"
         offset = "tl.cast(row0, tl.int64)" if self.wide else "row0"
         return self.add(
@@ -57,10 +61,10 @@ class Fragments:
             f'''
 def {name}{suffix}(matrix, {value}, row0, col0, {sizes}):
     """{verb} the tile at (row0, col0) of a row-major matrix with `cols` columns{" as far as it reaches" if checks else ""}."""
-    row = tl.arange(0, {height})[:, None]
-    col = tl.arange(0, {width})[None, :]
+    row = {row}
+    col = tl.arange(0, {width})[None, {"None, " if shape else ""}:]
     matrix += {offset} * cols + col0
-    {result}{access}{mask}{", other=0.0" if result and checks else ""})
+    {result}{access}{mask}{", other=0.0" if result and checks else ""}){shape}
 ''',
         )
 
@@ -69,20 +73,8 @@ def {name}{suffix}(matrix, {value}, row0, col0, {sizes}):
 
     def load_eights(self, rows: bool, cols: bool) -> str:
         """`load`, eight rows in a thread: what is reduced along rows, or written transposed, stays there longer."""
-        suffix = "_".join(["", *(["rows"] if rows else []), *(["cols"] if cols else [])])
-        checks = [*(["(row0 + row < rows)"] if rows else []), *(["(col0 + col < cols)"] if cols else [])]
-        mask = f", mask={' & '.join(checks)}, other=0.0" if checks else ""
-        offset = "tl.cast(row0, tl.int64)" if self.wide else "row0"
-        return self.add(
-            f"load_eights{suffix}",
-            f'''
-def load_eights{suffix}(matrix, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, row0, col0, {"rows, cols" if rows else "cols"}):
-    """Reads the tile at (row0, col0) of a row-major matrix with `cols` columns, eight rows in each thread."""
-    row = tl.arange(0, HEIGHT // 8)[:, None, None] * 8 + tl.arange(0, 8)[None, :, None]
-    col = tl.arange(0, WIDTH)[None, None, :]
-    matrix += {offset} * cols + col0
-    return tl.reshape(tl.load(matrix + row * cols + col{mask}), (HEIGHT, WIDTH))
-''',
+        return self._tile(
+            "load_eights", "Reads", "tl.load(matrix + row * cols + col", rows, cols, "return tl.reshape(", ", (HEIGHT, WIDTH))"
         )
 
     def store(self, rows: bool, cols: bool) -> str:
@@ -222,27 +214,9 @@ def to_bf16(x):
     def divide(self) -> str:
         """A function (x, scale) -> x / scale, correctly rounded; scale broadcasts to x."""
         if self.interpreted:
-            return self.add("divide", 'def divide(x, scale):\n    """x / scale."""\n    return tl.div_rn(x, scale)')
+            return self.add("divide", division.INTERPRETED)
         self.inverse_power_of_two()
-        # A true division costs a dozen instructions an element, this four: a scale serves many.
-        return self.add(
-            "divide",
-            '''
-def divide(x, scale):
-    """x / scale, correctly rounded: the quotient by the reciprocal, mended by its exact remainder (Markstein 1990)."""
-    # Between 1 and 2 neither the reciprocal nor a remainder overflows or vanishes.
-    unit = tl.maximum(scale.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
-    per_unit = inverse_power_of_two(unit)
-    scale = scale * per_unit
-    negative = x * -per_unit
-    # One Newton step rounds the hardware's estimate correctly: true of each of the 2^23 mantissas.
-    near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [scale], tl.float32, True, 1)
-    reciprocal = -tl.fma(tl.fma(-scale, near, 1.0), near, near)
-    quotient = negative * reciprocal
-    # The remainder is taken negative: that of -0 leaves its sign alone.
-    return tl.fma(tl.fma(scale, quotient, negative), reciprocal, quotient)
-''',
-        )
+        return self.add("divide", division.COMPILED)
 
     # ---- codes ---------------------------------------------------------------------------------------------------
 
@@ -272,10 +246,13 @@ def saturate(x, low: tl.constexpr, high: tl.constexpr):
         """True where a conversion instruction makes the codes: to nearest even, saturating."""
         return self.converts_fp8 and elem in (E4M3, E5M2)
 
-    def encode(self, elem: Elem, rounding: Rounding) -> str:
-        """A function from scaled values (and noise, where rounding is stochastic) to codes in the storage dtype."""
+    def encode(self, elem: Elem, rounding: Rounding, within: bool = False) -> str:
+        """A function from scaled values (and noise, where rounding is stochastic) to codes in the storage dtype.
+
+        within: integers, which no value rounds beyond.
+        """
         if isinstance(elem, Int):
-            return self._encode_int(elem, rounding)
+            return self._encode_int(elem, rounding, within)
         if rounding is Rounding.RTNE and (elem in (F32, BF16, F16) or self.native(elem)):
             return self._convert(elem)
         return self._encode_float(elem, rounding)
@@ -297,17 +274,19 @@ def encode_{elem}(scaled):
 ''',
         )
 
-    def _encode_int(self, elem: Int, rounding: Rounding) -> str:
+    def _encode_int(self, elem: Int, rounding: Rounding, within: bool = False) -> str:
         storage = "int8" if elem.bits <= 8 else "int16"
         if rounding is Rounding.RTNE:
+            name = f"encode_{elem}_within" if within else f"encode_{elem}"
+            value = "scaled" if within else f"tl.minimum(tl.maximum(scaled, {elem.min!r}), {elem.max!r})"
             text = f'''
-def encode_{elem}(scaled):
-    """{elem} codes, rounded to nearest even."""
+def {name}(scaled):
+    """{elem} codes, rounded to nearest even{", of values that do not round beyond them" if within else ""}."""
     # Adding 1.5 * 2^23 leaves the rounded integer in the lowest bits.
-    shifted = tl.minimum(tl.maximum(scaled, {elem.min!r}), {elem.max!r}) + 12582912.0
+    shifted = {value} + 12582912.0
     return shifted.to(tl.int32, bitcast=True).to(tl.{storage})
 '''
-            return self.add(f"encode_{elem}", text)
+            return self.add(name, text)
         argument, _ = dither.units(rounding)
         whole = self._whole_units(rounding)
         text = f'''

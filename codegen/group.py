@@ -75,7 +75,7 @@ class Group:
         for view in views:
             if view.rotations != (None, None):
                 self.turns[view.index] = emit_turn(view, source.dtype, fragments)
-        self.writes = [emit_write(view, fragments) for view in views]
+        self.writes = [emit_write(view, source.dtype, fragments) for view in views]
         self.signs = [each for view in views for each in emit_signs(view, fragments)]
         self.parts = parts
         # Where a rotation's matrix is as large as a tile, a program makes it once for several.

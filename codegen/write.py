@@ -12,7 +12,7 @@ from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import uniform
 from lpcompile.codegen.rules import add_key, add_scale
 from lpcompile.codegen.views import View, origin
-from lpcompile.formats import E4M3, E8M0, F32, Rounding, Rule
+from lpcompile.formats import E4M3, E8M0, F32, Int, Quant, Rounding, Rule
 from lpcompile.recipe import folds
 
 assert __name__ == "lpcompile.codegen.write", "import it as lpcompile.codegen, not as codegen"
@@ -22,8 +22,8 @@ assert __name__ == "lpcompile.codegen.write", "import it as lpcompile.codegen, n
 POINTERS_TO = {"codes": "codes", "values": "values", "scale": "scales", "outer": "outers", "mask": "masks"}
 
 
-def emit_write(view: View, fragments: Fragments) -> Function:
-    """`write_<index>(x, row0, col0, <parts>, <peaks>, <seed and use>)` of a tile that is turned already."""
+def emit_write(view: View, dtype: torch.dtype, fragments: Fragments) -> Function:
+    """`write_<index>(x, row0, col0, <parts>, <peaks>, <seed and use>)` of a tile of `dtype` that is turned already."""
     doc = f"{view.output} of a tile, which lies at (row0, col0) of what is written."
     function = Function(f"write_{view.index}", doc, ("x", "row0", "col0"))
     quant, blocks = view.quant, view.blocks
@@ -34,9 +34,9 @@ def emit_write(view: View, fragments: Fragments) -> Function:
     if rounding.stochastic:
         _noise(view, fragments, function)
     noise = ", noise" if rounding.stochastic else ""
-    made = fragments.grid if view.output.decoded else fragments.encode
     name = "value" if view.output.decoded else "code"
-    _add_rounded(view, fragments, function, name, lambda scaled: f"{made(quant.elem, rounding)}({scaled}{noise})")
+    made = fragments.grid(quant.elem, rounding) if view.output.decoded else _encoded(quant, rounding, dtype, fragments)
+    _add_rounded(view, fragments, function, name, lambda scaled: f"{made}({scaled}{noise})")
     (_store_values if view.output.decoded else _store_codes)(view, fragments, function)
     if "scale" in view.output.parts:
         _store_scale(view, fragments, function)
@@ -45,6 +45,17 @@ def emit_write(view: View, fragments: Fragments) -> Function:
     if "mask" in view.output.parts:
         _store_mask(view, fragments, function)
     return function
+
+
+def _encoded(quant: Quant, rounding: Rounding, dtype: torch.dtype, fragments: Fragments) -> str:
+    """The function that makes codes.
+
+    x / scale rounds to no integer beyond the largest code m where the scale is amax / m in FP32 and x has 16 bits: amax is at
+    least 2^-133 then, the scale has 10 bits even among subnormal numbers, and |x| / scale <= m + m / 1032 < m + 1/2.
+    """
+    exact = quant.rule is Rule.ABSMAX and quant.scale == F32 and quant.outer is None and dtype.itemsize == 2
+    within = exact and isinstance(quant.elem, Int) and not quant.elem.full and quant.elem.bits <= 8
+    return fragments.encode(quant.elem, rounding, within)
 
 
 def _add_rounded(view: View, fragments: Fragments, function: Function, name: str, rounded: Callable[[str], str]) -> None:

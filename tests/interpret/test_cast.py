@@ -89,6 +89,19 @@ def test_what_lies_beside_the_matrix_is_not_read() -> None:
     assert not torch.equal(bits(found[2]).mT, bits(found[0]))
 
 
+def test_no_integer_beyond_the_largest_code() -> None:
+    """16-bit numbers are rounded without a clamp: rows whose amax is each subnormal number, and numbers of each binade."""
+    positive = torch.cat([torch.arange(1, 128), torch.arange(128, 0x7F80, 73)]).to(torch.int16).view(torch.bfloat16)
+    x = torch.stack([positive, -positive, positive / 2, positive / 3], dim=1)
+    for text in ("int8:row|1", "int8:row|1, int4:row|0'", "int3:1x4|1"):
+        check(*run(BF16 + text, [x]))
+    found, _ = run(BF16 + "int8:row|1", [x])
+    assert found[0][:, 0].eq(127).all() and found[0][:, 1].eq(-127).all()
+    # A subnormal FP32 amax has few bits: its scale may be so small that 190 times it is the amax, and codes are clamped.
+    tiny = torch.tensor([[190.0, -190.0, 64.0, 1.0]]) * 2.0**-149
+    check(*run("cast x0:f32 = x0 as f32 -> int8:row|1", [tiny]))
+
+
 def test_streams_differ() -> None:
     x = sample((64, 64))
     text = BF16 + "e2m1:1x32:e8m0:up:sr|1"
