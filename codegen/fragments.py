@@ -339,8 +339,8 @@ def {name}(scaled{argument}):
 '''
         return self.add(name, text)
 
-    def grid(self, elem: Elem, rounding: Rounding) -> str:
-        """A function from scaled values (and noise) to the values that codes stand for, in FP32."""
+    def grid(self, elem: Elem, rounding: Rounding, nan: bool = False) -> str:
+        """A function from scaled values (and noise) to the values that codes stand for, in FP32; nan: NaN stays NaN."""
         if isinstance(elem, Int):
             argument, _ = dither.units(rounding)
             text = f'''
@@ -362,15 +362,15 @@ def grid_{elem}(scaled):
             value = f"tl.fma(binade, {-(2.0 ** (23 - elem.man))!r}, shifted)"
         elif rounding is Rounding.SR8:
             value = dither.value(elem)
-        # NaN has to stay NaN here: block scales go through this too.
+        signed = "(value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)"
+        name += "_or_nan" if nan else ""
         text = f'''
 def {name}(scaled{argument}):
     """Values of {elem}, {_ROUNDED[rounding]}, saturating."""
 {lines}
     value = {value}
     sign = scaled.to(tl.int32, bitcast=True) & -0x80000000
-    value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return tl.where(scaled == scaled, value, scaled)
+    return {f"tl.where(scaled == scaled, {signed}, scaled)" if nan else signed}
 '''
         return self.add(name, text)
 

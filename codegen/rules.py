@@ -117,7 +117,7 @@ def reciprocal(x):
 
 
 def _two_level_scale(fragments: Fragments) -> str:
-    grid = fragments.grid(E4M3, Rounding.RTNE)
+    grid = fragments.grid(E4M3, Rounding.RTNE, nan=True)
     _reciprocal(fragments)
     return fragments.add(
         "two_level_scale",
@@ -180,7 +180,7 @@ def squared_error(grid, factor, x):
 def _eden(view: View, fragments: Fragments, function: Function) -> str:
     quant, blocks = view.quant, view.blocks
     reach = quant.target / EDEN_CLIP
-    round_scale = fragments.grid(E4M3, Rounding.RTNE)
+    round_scale = fragments.grid(E4M3, Rounding.RTNE, nan=True)
     function.add(
         f"outer = tl.div_rn(tensor_bits.to(tl.float32, bitcast=True), {256.0 * reach!r})",
         'outer = tl.where(tensor_bits < 0x7F800000, tl.where(outer > 0, outer, 1.0), float("nan"))',
@@ -211,7 +211,7 @@ def _eden(view: View, fragments: Fragments, function: Function) -> str:
         f"corrected = {blocks.as_matrix('scale')} * correction",
         "corrected = tl.where(corrected > 448.0, 448.0, corrected)",
         f"noise = {f'tl.trans({drawn})' if transposed else drawn}",
-        f"scale = {blocks.beside(f'{fragments.grid(E4M3, Rounding.SR)}(corrected, noise)')}",
+        f"scale = {blocks.beside(f'{fragments.grid(E4M3, Rounding.SR, nan=True)}(corrected, noise)')}",
     )
     return "outer == outer"
 
