@@ -414,13 +414,14 @@ def {name}(scaled{argument}):
         if isinstance(elem, Int) or elem in (F32, BF16, F16) or self.native(elem):
             return self.add("code_values", "def code_values(code):\n    return code.to(tl.float32)")
         magnitude = (1 << (elem.exp + elem.man)) - 1
-        half = (126 + elem.emin) // 2
+        bias = 126 + elem.emin
+        factors = [2.0**bias] if bias <= 127 else [2.0 ** (bias // 2), 2.0 ** (bias - bias // 2)]
         lines = [
             "bits = code.to(tl.int32)",
             f"magnitude = bits & {magnitude}",
-            "# The exponent lands in FP32's; two factors mend the bias, because one may exceed FP32.",
+            "# The exponent lands in FP32's, whose bias is another.",
             f"value = (magnitude << {23 - elem.man}).to(tl.float32, bitcast=True)",
-            f"value = value * {2.0**half!r} * {2.0 ** (126 + elem.emin - half)!r}",
+            f"value = value * {' * '.join(map(repr, factors))}",
         ]
         if elem.special is Special.FN:
             lines.append(f'value = tl.where(magnitude == {magnitude}, float("nan"), value)')
@@ -428,7 +429,8 @@ def {name}(scaled{argument}):
             top = ((1 << elem.exp) - 1) << elem.man
             lines.append(f'value = tl.where(magnitude == {top}, float("inf"), value)')
             lines.append(f'value = tl.where(magnitude > {top}, float("nan"), value)')
-        lines.append(f"value = tl.where((bits & {magnitude + 1}) != 0, -value, value)")
+        lines.append(f"sign = (bits << {31 - elem.exp - elem.man}) & -0x80000000")
+        lines.append("value = (value.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)")
         if elem.special is Special.FNUZ:
             lines.append(f'value = tl.where((bits & {2 * magnitude + 1}) == {magnitude + 1}, float("nan"), value)')
         body = "\n".join(f"    {line}" for line in [*lines, "return value"])
