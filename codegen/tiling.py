@@ -50,7 +50,8 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
         width = max(next_power_of_two(int(sizes.values[1])), 128)
         found.append(Schedule((max(_ROW // width, 1), width), warps=max(_ROW, width) // 1024, stages=1))
     if isinstance(kernel, CastKernel) and not heavy and _across(kernel.outputs):
-        found.append(Schedule((max(needs[0], 64), max(needs[1], 64)), warps=4, stages=1, step=64))
+        parts = Schedule((max(needs[0], 64), max(needs[1], 64)), warps=4, stages=1, step=64)
+        found += [parts, replace(parts, step=32), replace(parts, warps=8, step=0, registers=128)]
     for rows, cols in _HEAVY_TILES if heavy else _TILES:
         tile = _shrunk((max(rows, needs[0]), max(cols, needs[1])), (needs[0], needs[1]))
         if tile[0] * tile[1] > _LARGEST:

@@ -29,7 +29,7 @@ from lpcompile.target import Target
 ONE_WAY, BOTH_WAYS = 0.88, 0.84
 # What arithmetic bounds: blocks of 128 across each other, codes that no instruction makes, with a random word or byte for
 # each of them, MS-EDEN's sums.
-ACROSS, NO_INSTRUCTION, RANDOM, RANDOM_BYTE, EDEN = 0.52, 0.32, 0.26, 0.45, 0.12
+ACROSS, NO_INSTRUCTION, RANDOM, RANDOM_BYTE, EDEN = 0.57, 0.32, 0.26, 0.45, 0.14
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
 # A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits: in

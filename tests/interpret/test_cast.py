@@ -77,6 +77,8 @@ def test_any_tile_gives_the_same() -> None:
     for tile in ((64, 128), (32, 256)):
         for text in (PLAIN[1], RULES[3]):
             check(*run(text, [x], schedule=Schedule(tile, 4), **random_of(text)))
+    for schedule in (Schedule((128, 128), 4, step=32), Schedule((128, 128), 8, registers=128)):
+        check(*run(PLAIN[3], inputs_of(PLAIN[3], (130, 257), True), schedule=schedule, **random_of(PLAIN[3])))
 
 
 def test_what_lies_beside_the_matrix_is_not_read() -> None:
