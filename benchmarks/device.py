@@ -60,7 +60,6 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
     add("--quick", action="store_true", help="fewer shapes and contenders")
     add("--graphs", action="store_true", help="every contender under CUDA graphs")
     add("--head", action="store_true", help="every contender converts the output head too")
-    add("--attention", choices=("sdpa", "cudnn"), default="sdpa", help="whose attention the whole model has")
     add("--always", action="store_true", help="convert also where low precision is predicted slower")
     add("--profile", action="store_true", help="also the time of each kernel in a step")
     add("--dry-run", action="store_true", help="on a CPU, in tiny sizes, with the reference executor")
@@ -87,7 +86,6 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
         torchao,
         args.seeds,
         args.head,
-        args.attention,
     )
     return [PARTS[name] for name in args.only.split(",")], settings
 

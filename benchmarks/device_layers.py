@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import statistics
 import sys
@@ -29,7 +28,6 @@ from device_run import (
     synchronize,
 )
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 LINEAR_SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096))  # in-features, out-features
 
@@ -155,8 +153,7 @@ def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     losses: list[Any] = []
 
     def step() -> None:
-        with _attention(settings):
-            loss = step_model(input_ids=tokens, labels=tokens).loss
+        loss = step_model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -178,12 +175,6 @@ def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     if settings.profile:
         row["profile"] = profiled(step, settings, 60)
     return row | {"detail": launches()}
-
-
-def _attention(settings: Settings) -> contextlib.AbstractContextManager[None]:
-    """Where attention is to be cuDNN's."""
-    cudnn = settings.attention == "cudnn" and not settings.dry
-    return sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if cudnn else contextlib.nullcontext()
 
 
 def _step_times(step: Callable[[], None], count: int, settings: Settings) -> list[float]:

@@ -49,8 +49,7 @@ Row = dict[str, Any]
 class Settings:
     """What every part is told. budget: seconds a part may take; minutes: of training per recipe, in bf16's time; graphs: under
     CUDA graphs; always: also where low precision is predicted slower; torchao: a folder or wheel to import it from;
-    seeds: of training; head: the output head is converted too, by everyone; attention: of transformers' Llama, "sdpa" as torch
-    chooses or "cudnn"."""
+    seeds: of training; head: the output head is converted too, by everyone."""
 
     out: str
     recipes: tuple[str, ...] = RECIPES
@@ -65,7 +64,6 @@ class Settings:
     torchao: str = ""
     seeds: int = 1
     head: bool = False
-    attention: str = "sdpa"
 
     @property
     def device(self) -> torch.device:
