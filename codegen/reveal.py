@@ -158,7 +158,9 @@ class _Recorder:
         from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_mutation
 
         options = {name: named.pop(name) for name in ("num_warps", "num_stages")}
+        # Inductor hands neither to the compiler; the second is a matter of speed.
         named.pop("enable_fp_fusion")
+        named.pop("maxnreg", None)
         tuned = triton.autotune(configs=[triton.Config({}, **options)], key=[])(self.kernel)
         triton_kernel_wrapper_mutation(
             kernel_idx=kernel_side_table.add_kernel(tuned),
