@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 assert __name__ == "lpcompile.codegen.quick", "import it as lpcompile.codegen, not as codegen"
 
 _ALIGNED = 16  # bytes, what Triton asks about pointers
+_MOST = 1 << 12  # call sites of a launch that are noted
 _NOTING = threading.local()
 
 
@@ -95,7 +96,7 @@ class Prepared:
         if key in self.notes:
             notes = self.notes[key]
             return self.launch(inputs, sizes, seed, uses, spins) if notes is None else notes.carry_out(given, addresses)
-        if len(set(addresses)) < len(addresses):
+        if len(set(addresses)) < len(addresses) or len(self.notes) >= _MOST:
             # Which of them a kernel was given cannot be told; another call may.
             return self.launch(inputs, sizes, seed, uses, spins)
         results, self.notes[key] = _note(given, lambda: self.launch(inputs, sizes, seed, uses, spins))
@@ -188,7 +189,8 @@ def _note(given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[
     try:
         steps = tuple(_step(kernel, grid, arguments, places, tensors) for kernel, grid, arguments in launches)
         returned = tuple(_whole(result, places, tensors) for result in results)
-    except KeyError:
+    except (KeyError, AttributeError):
+        # An argument that is not known whole, or a Triton whose descriptors are made otherwise.
         return results, None
     if allocations.other or len(places) < len(tensors) or not all(x.is_contiguous() for _, x in made):
         return results, None

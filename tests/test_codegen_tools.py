@@ -350,6 +350,15 @@ class Descriptor:
     base: torch.Tensor
 
 
+class Slotted:
+    """A descriptor of another make."""
+
+    __slots__ = ("base",)
+
+    def __init__(self, base: torch.Tensor) -> None:
+        self.base = base
+
+
 def adding(namespace: dict[str, object], body: str) -> types.FunctionType:
     """A generated launch of this body."""
     text = "def launch(inputs, sizes=(), seed=None, uses=(), spins=()):\n" + textwrap.indent(textwrap.dedent(body), "    ")
@@ -391,11 +400,13 @@ def test_a_launch_is_noted_and_done_again_with_other_tensors(monkeypatch: pytest
         "out = torch.zeros(4)\nkernel[(1,)](inputs[0], Descriptor(inputs[1]), out, 0)\nreturn [out.view(2, 2)]",
         "out = torch.zeros(8)\nkernel[(1,)](inputs[0], Descriptor(inputs[1]), out[4:], 0)\nreturn [out]",
         "out = torch.zeros(4)\nkernel[(1,)](inputs[0], Descriptor(inputs[1].view(torch.int32)), out, 0)\nreturn [out]",
+        "out = torch.zeros(4)\nkernel[(1,)](inputs[0], Slotted(inputs[1]), out, 0)\nreturn [out]",
     ],
 )
 def test_a_launch_that_does_more_is_not_noted(body: str):
     log: list[tuple[object, ...]] = []
-    prepared = Prepared(adding({"torch": torch, "kernel": Quick(Adder(log)), "Descriptor": Descriptor}, body))
+    names = {"torch": torch, "kernel": Quick(Adder(log)), "Descriptor": Descriptor, "Slotted": Slotted}
+    prepared = Prepared(adding(names, body))
     x, more = torch.ones(4), torch.full((4,), 2.0)
     first, second = (prepared([x, more])[0] for _ in range(2))
     assert list(prepared.notes.values()) == [None]
