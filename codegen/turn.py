@@ -95,7 +95,7 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
         return f"x = {fragments.rounded(f'({name}({value}, {matrix}) * {scale!r})', dtype)}"
 
     flat = (tile[0] * tile[1] // size, size)
-    if flip and flat == tile:
+    if flip and flat == tile and not _in_threads(view, dtype, fragments):
         # One block: from the left, so that nothing is transposed. (Sylvester's matrix alone is symmetric.)
         return [product("x", matrix if rotation.signs is Signs.NONE else f"tl.trans({matrix})", left=True)]
     lines = ["x = tl.trans(x)"] if flip else []
@@ -103,6 +103,15 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
     if flat != tile:
         lines.append(f"x = tl.reshape(x, {tile})")
     return [*lines, *(["x = tl.trans(x)"] if flip else [])]
+
+
+def _in_threads(view: View, dtype: torch.dtype, fragments: Fragments) -> bool:
+    """True where a thread should hold neighbours along the rows that are turned, because blocks lie along them: there
+    products leave neighbours along their columns in a thread, and so come from the right, transposed."""
+    return view.block[0] > 1 and dtype.itemsize == 2 and fragments.target.name in _BY_ROWS
+
+
+_BY_ROWS = ("sm_90", "sm_100")  # a warpgroup's product leaves a row in few threads
 
 
 def matrix_fragment(fragments: Fragments) -> str:

@@ -10,6 +10,7 @@ import torch
 from casting import check, run, sample
 
 from lpcompile import ops
+from lpcompile.codegen import turn
 from lpcompile.kernel import DecodeKernel, RequantKernel, parse
 from lpcompile.recipe import folds
 
@@ -95,3 +96,14 @@ def test_gaussian_sums_differ_by_one_step_at_most() -> None:
     apart = (found.int() - expected.int()).abs()
     assert int(apart.max()) <= 1 and int(apart.sum()) <= apart.numel() // 100
     assert int((found.int() - expected.int().roll(1)).abs().max()) > 1
+
+
+@pytest.mark.parametrize(
+    "output", ["e4m3:1x64|0|0:h64fixed", "e4m3:1x32:e8m0:up|0|0:h128drawn", f"{NVFP4}:eden|0|0:h128drawn~"]
+)
+def test_from_the_right_where_blocks_lie_along_the_turned_rows(output: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of Hopper and Blackwell: transposed, turned, transposed back. Signs make it matter which of the two it is."""
+    inputs = [whole((130, 130), torch.bfloat16, broken="eden" not in output)]
+    for targets in (("sm_90",), ("interpret",)):
+        monkeypatch.setattr(turn, "_BY_ROWS", targets)
+        check(*run(BF16 + output, inputs, **RANDOM))
