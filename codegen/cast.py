@@ -181,7 +181,7 @@ class _Emitter:
     def _launches(self) -> list[_Launch]:
         found = [_Launch(each.function, each.grid, each.warps, 1) for turner in self.turners for each in turner.passes]
         for group in self.groups:
-            found += [_Launch(each.function, "1", 4, 1) for each in group.signs]
+            found += [_Launch(each.function, "1", 4, 1) for each in group.drawn]
             found += [_Launch(kernel, grid, self.schedule.warps, self.schedule.stages) for kernel, grid in group.kernels]
         return found
 
@@ -232,13 +232,13 @@ class _Emitter:
     @property
     def _between(self) -> list[_Tensor]:
         """What lies between kernels."""
-        signs = [
-            _Tensor(each.name, torch.float32, torch.float32, (Extent.number(1), Extent.number(each.block)))
+        drawn = [
+            _Tensor(each.name, torch.bfloat16, torch.bfloat16, (Extent.number(each.block), Extent.number(each.block)))
             for group in self.groups
-            for each in group.signs
+            for each in group.drawn
         ]
         scratch = [each for turner in self.turners for each in turner.scratch]
-        return [*signs, *(_Tensor(name, self.dtype, self.dtype, shape) for name, shape in scratch)]
+        return [*drawn, *(_Tensor(name, self.dtype, self.dtype, shape) for name, shape in scratch)]
 
     def _argument(self, name: str) -> Argument:
         for tensor in self.origin.tensors:

@@ -10,7 +10,7 @@ from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.origin import Origin
 from lpcompile.codegen.source import next_power_of_two
-from lpcompile.codegen.turn import emit_signs, emit_turn
+from lpcompile.codegen.turn import emit_drawn, emit_turn
 from lpcompile.codegen.views import Blocks, View, origin
 from lpcompile.codegen.write import emit_write
 from lpcompile.formats import Rule
@@ -76,7 +76,7 @@ class Group:
             if view.rotations != (None, None):
                 self.turns[view.index] = emit_turn(view, source.dtype, fragments)
         self.writes = [emit_write(view, source.dtype, fragments) for view in views]
-        self.signs = [each for view in views for each in emit_signs(view, fragments)]
+        self.drawn = [each for view in views for each in emit_drawn(view, fragments)]
         self.parts = parts
         # Where a rotation's matrix is as large as a tile, a program makes it once for several.
         self.steps = self._steps if any(map(_wide, views)) else 1
@@ -110,7 +110,7 @@ class Group:
             *([self.parts[0].function.text] if self.parts else []),
             *(text for text, _ in self.turns.values()),
             *(each.text for each in self.writes),
-            *(each.function.text for each in self.signs),
+            *(each.function.text for each in self.drawn),
             *(kernel.text for kernel, _ in self.kernels),
         ]
 

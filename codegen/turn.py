@@ -31,7 +31,7 @@ def emit_turn(view: View, dtype: torch.dtype, fragments: Fragments) -> tuple[str
     rotations = view.output.cast.rotations
     arguments = [f"spin_{axis}" for axis in (0, 1) if _drawn(rotations[axis]) and not _from_memory(rotations[axis])]
     arguments = (["seed"] if arguments else []) + arguments
-    arguments += [f"signs_{axis}" for axis in (0, 1) if _from_memory(rotations[axis])]
+    arguments += [f"matrix_{axis}" for axis in (0, 1) if _from_memory(rotations[axis])]
     lines: list[str] = []
     # The order of the reference: along the columns of the matrix that is read, then along its rows.
     for axis in (1, 0):
@@ -47,25 +47,30 @@ def turn_{view.index}({", ".join(["x", *arguments])}):
 
 
 @dataclass(frozen=True)
-class DrawnSigns:
-    """A kernel that writes the signs of a rotation, for kernels that would otherwise draw them for each of their threads."""
+class DrawnMatrix:
+    """A kernel that writes the matrix of a rotation, which others would otherwise draw and make for each of their tiles."""
 
     name: str
     block: int
     function: Function
 
 
-def emit_signs(view: View, fragments: Fragments) -> list[DrawnSigns]:
+def emit_drawn(view: View, fragments: Fragments) -> list[DrawnMatrix]:
     """The kernels that must run before a view's tile is turned."""
     found = []
     for axis, rotation in enumerate(view.output.cast.rotations):
         if rotation is not None and _from_memory(rotation):
-            name, spin = f"signs_{axis}_{view.index}", f"spin_{axis}_{view.index}"
-            function = Function(f"signs_kernel_{axis}_{view.index}", f"The signs of {rotation}.", (), [name, "seed", spin])
-            drawn = signs(fragments, rotation, "seed", spin, rotation.block)
-            function.add(f"tl.store({name} + tl.arange(0, {rotation.block}), {drawn})")
-            found.append(DrawnSigns(name, rotation.block, function))
+            name, spin, size = f"matrix_{axis}_{view.index}", f"spin_{axis}_{view.index}", rotation.block
+            function = Function(f"draw_{axis}_{view.index}", f"The matrix of {rotation}.", (), [name, "seed", spin])
+            drawn = signs(fragments, rotation, "seed", spin, size)
+            function.add(f"matrix = {matrix_fragment(fragments)}({size}, {size}) * {drawn}[:, None]")
+            function.add(f"tl.store({name} + {_square(size)}, matrix.to(tl.bfloat16))")
+            found.append(DrawnMatrix(name, size, function))
     return found
+
+
+def _square(size: int) -> str:
+    return f"tl.arange(0, {size})[:, None] * {size} + tl.arange(0, {size})[None, :]"
 
 
 def _from_memory(rotation: Rotation | None) -> bool:
@@ -85,7 +90,7 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
         raise KernelError(f"{view.output}: a tile of {tile[1]} has no whole blocks of {size} to turn")
     matrix = f"{matrix_fragment(fragments)}({block}, {size})"
     if _from_memory(rotation):
-        matrix += f" * tl.load(signs_{axis} + tl.arange(0, {size}))[:, None]"
+        matrix = f"tl.load(matrix_{axis} + {_square(size)})"
     elif rotation.signs is not Signs.NONE:
         matrix += f" * {signs(fragments, rotation, 'seed', f'spin_{axis}', size)}[:, None]"
     scale = 1 / math.sqrt(block)
@@ -142,14 +147,14 @@ def upper(x):
 
 
 def product_fragment(dtype: torch.dtype, fragments: Fragments, left: bool = False) -> str:
-    """A function (x, matrix of small integers in FP32) -> their product in FP32, for an x of this dtype. left: the matrix comes
+    """A function (x, matrix of small integers) -> their product in FP32, for an x of this dtype. left: the matrix comes
     first."""
 
     def dot(x: str, matrix: str, rest: str = "") -> str:
         return f"tl.dot({', '.join([matrix, x] if left else [x, matrix])}{rest})"
 
     if fragments.interpreted:
-        body = "    return " + dot("x.to(tl.float32)", "matrix", ', input_precision="ieee"')
+        body = "    return " + dot("x.to(tl.float32)", "matrix.to(tl.float32)", ', input_precision="ieee"')
     elif dtype == torch.float32:
         fragments.add("upper", UPPER)
         total = dot("high", "matrix", ", " + dot("middle", "matrix", ", " + dot("low", "matrix")))
