@@ -74,7 +74,7 @@ def _square(size: int) -> str:
 
 
 def _from_memory(rotation: Rotation | None) -> bool:
-    return rotation is not None and _drawn(rotation) and rotation.block >= 64
+    return rotation is not None and _drawn(rotation) and rotation.block >= 32
 
 
 def _drawn(rotation: Rotation | None) -> bool:
