@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,23 @@ class _Place:
         self, tile: tuple[int, int], extents: tuple[Extent, Extent], fragments: Fragments, eights: bool = False
     ) -> None:
         self.tile, self.extents, self.fragments, self.eights = tile, extents, fragments, eights
+
+    def vector(self, name: str, axis: int) -> str:
+        """One number a row (axis 0) or a column, beside a tile. As a vector: as a matrix of one row it would be given a layout
+        that suits its few numbers, and the tile would be moved into that."""
+        start, extent, size = ("row0", "col0")[axis], self.extents[axis], self.tile[axis]
+        checked = not extent.divides(size)
+        load = self.fragments.add(
+            "load_vector_to" if checked else "load_vector",
+            f'''
+def load_vector{"_to" if checked else ""}(vector, LENGTH: tl.constexpr, start{", size" if checked else ""}):
+    """Reads a part of a vector{" as far as it reaches" if checked else ""}."""
+    place = start + tl.arange(0, LENGTH)
+    return tl.load(vector + place{", mask=place < size, other=0.0" if checked else ""})
+''',
+        )
+        call = f"{load}({name}, {size}, {start}{f', {extent.text}' if checked else ''})"
+        return f"{call}{('[:, None]', '[None, :]')[axis]}"
 
     def load(self, name: str, block: tuple[int, int] = (1, 1), width: int = 1) -> str:
         """A tile of a matrix with one number a block; width: columns that share a number in memory (packed codes)."""
@@ -94,11 +112,10 @@ def _prologue(kernel: CastKernel, place: _Place, name: str) -> Origin:
     loads = []
     for index, each in enumerate(kernel.inputs):
         variable = f"x{index}"
-        block = {"": (1, 1), "r": (1, 0), "c": (0, 1)}[each.vector]
         rows, cols = place.extents
         shape = {"": (rows, cols), "r": (rows,), "c": (cols,)}[each.vector]
         tensors.append(Read(variable, each.dtype, each.dtype, shape))
-        loads.append(place.load(variable, block))
+        loads.append(place.vector(variable, "rc".index(each.vector)) if each.vector else place.load(variable))
     function = Function(name, f"The tile at (row0, col0) of {kernel.prologue}.", ("row0", "col0"))
     function.take(*(each.name for each in tensors))
     if kernel.plain:
@@ -117,6 +134,7 @@ _INFIX = {"add": "+", "sub": "-", "mul": "*"}
 def _expression(expr: Expr, fragments: Fragments, function: Function) -> str:
     """Adds one line a node, in the reference's order; returns the variable of the result."""
     names: dict[Expr, str] = {}
+    expr = _with_logistics(expr)
     for node in nodes(expr):
         if isinstance(node, Load):
             names[node] = f"x{node.index}"
@@ -127,6 +145,20 @@ def _expression(expr: Expr, fragments: Fragments, function: Function) -> str:
             function.add(f"{name} = {_call(node, [names[arg] for arg in node.args], fragments)}")
             names[node] = name
     return names[expr]
+
+
+@functools.cache
+def _with_logistics(expr: Expr) -> Expr:
+    """x / (exp(-x) + 1), as PyTorch takes SiLU apart, is one call again: those are made of fewer instructions."""
+    if not isinstance(expr, Call):
+        return expr
+    args = tuple(map(_with_logistics, expr.args))
+    match expr.op, args:
+        case "div", (over, Call("add", (Call("exp", (Call("neg", (x,)),)), Number(1.0)))) if over in (x, Number(1.0)):
+            return Call("silu" if over == x else "sigmoid", (x,))
+        case "add", (Number(1.0), Call("exp") as power):
+            return Call("add", (power, Number(1.0)))
+    return Call(expr.op, args)
 
 
 def _number(value: float) -> str:

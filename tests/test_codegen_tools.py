@@ -54,6 +54,32 @@ def test_a_tile_that_is_turned_is_tried_with_fewer_registers():
         assert not any(each.registers for each in schedules(parse(f"cast x0:bf16 = x0 as bf16 -> {plain}"), sizes, target))
 
 
+@pytest.mark.parametrize(
+    ("text", "called"),
+    [
+        ("mul(div(x0, add(exp(neg(x0)), 1.0)), x1)", "silu_of(x0)"),
+        ("mul(x1, div(x0, add(1.0, exp(neg(x0)))))", "silu_of(x0)"),
+        ("mul(div(1.0, add(exp(neg(mul(x0, x1))), 1.0)), x1)", "sigmoid_of(t0)"),
+        ("div(x1, add(exp(neg(x0)), 1.0))", "div_of(x1, t2)"),
+        ("div(x0, add(exp(neg(x0)), x1))", "div_of(x0, t2)"),
+    ],
+)
+def test_the_logistic_function_is_recognised(text: str, called: str):
+    kernel = parse(f"cast x0:bf16 x1:bf16 = {text} as bf16 -> e4m3:row:up|1")
+    target, sizes = find_target("sm_90"), Sizes.of(256, 256)
+    made = emit(kernel, sizes, target, schedules(kernel, sizes, target)[0]).text
+    assert called in made and ("exp_of" in made) == ("div_of" in called)
+
+
+def test_a_vector_beside_a_tile_leaves_the_tile_where_it_is():
+    """A scale for each row that a thread holds a part of, not for each of 64: the tile keeps the layout of its load."""
+    target, sizes = find_target("sm_90"), Sizes.of(512, 512)
+    norm = "x0:bf16 x1:bf16[c] x2:f32[r] = bf16(mul(bf16(mul(x0, x2)), x1)) as bf16"
+    kernel = parse(f"cast {norm} -> e4m3:1x128|1, e4m3:1x128|0'")
+    made = emit(kernel, sizes, target, schedules(kernel, sizes, target)[0])
+    assert compile_entry(made, made.entries[0], target).sass().count("CALL.REL") <= 20
+
+
 def test_what_cannot_be_compiled_says_so():
     with pytest.raises(KernelError, match="no machine code for the target cpu"):
         compile_entry(source(), source().entries[0], find_target("cpu"))

@@ -326,7 +326,11 @@ def test_autocast_of_a_frozen_weight_is_done_once_too(calls: Counter[Any]) -> No
             with torch.autocast("cpu", torch.bfloat16):
                 y = compiled(x)
             y.float().sum().backward()
-    assert len(calls) == 4 and set(calls.values()) == {1}
+    # Two weights, two orientations. By cast alone: the copies in bf16 are freed, and two may lie at one address in turn.
+    by_cast: Counter[str] = Counter()
+    for (_, cast), count in calls.items():
+        by_cast[cast] += count
+    assert by_cast == {"e4m3:row:up|1": 2, "e4m3:row:up|0": 2}
     code = traces[0].graph_after("save")
     once_lines = [line for line in code.splitlines() if "lowprec.quantize_once" in line]
     assert len(once_lines) == 4 and all("bfloat16" in line for line in once_lines)
