@@ -45,6 +45,8 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
     outputs = () if isinstance(kernel, DecodeKernel) else kernel.outputs
     heavy = any(_heavy(output.cast) for output in outputs)
     elements = min((_elements(output.cast) for output in outputs), default=_ELEMENTS)
+    if isinstance(kernel, CastKernel) and not kernel.plain and any(_two_peaks(output.cast) for output in outputs):
+        elements = min(elements, _ELEMENTS // 2)
     found: list[Schedule] = []
     if isinstance(kernel, CastKernel) and not heavy and _in_rows(kernel.outputs, sizes):
         width = max(next_power_of_two(int(sizes.values[1])), 128)
@@ -111,6 +113,12 @@ def _elements(cast: Cast) -> int:
     if cast.quant.rule is Rule.FOUR_SIX:
         return _ELEMENTS // 4
     return _ELEMENTS // 2 if cast.quant.rule is Rule.EDEN or cast.quant.rounding.stochastic else _ELEMENTS
+
+
+def _two_peaks(cast: Cast) -> bool:
+    """True where an amax of the turned tile is found beside others: behind a prologue, whose result is kept meanwhile, that
+    spills where a thread holds many elements."""
+    return cast.quant.outer is not None and cast.rotations != (None, None)
 
 
 def _heavy(cast: Cast) -> bool:

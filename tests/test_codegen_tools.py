@@ -71,6 +71,21 @@ def test_the_logistic_function_is_recognised(text: str, called: str):
     assert called in made and ("exp_of" in made) == ("div_of" in called)
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+@pytest.mark.parametrize(
+    "prologue",
+    [
+        "x0:bf16 x1:bf16 = bf16(mul(bf16(div(x0, add(exp(neg(x0)), 1.0))), x1))",
+        "x0:bf16 x1:bf16[c] x2:f32[r] = bf16(mul(bf16(mul(x0, x2)), x1))",
+    ],
+)
+def test_a_prologue_leaves_room_for_two_peaks(prologue: str, target: str):
+    kernel = parse(f"cast {prologue} as bf16 -> e2m1:1x16:e4m3+f32|1~, e2m1:1x16:e4m3+f32|0|0:h16fixed")
+    found, sizes = find_target(target), Sizes.of(8192, 4096)
+    made = emit(kernel, sizes, found, schedules(kernel, sizes, found)[0])
+    assert [compile_entry(made, entry, found).spills for entry in made.entries] == [0, 0]
+
+
 def test_a_vector_beside_a_tile_leaves_the_tile_where_it_is():
     """A scale for each row that a thread holds a part of, not for each of 64: the tile keeps the layout of its load."""
     target, sizes = find_target("sm_90"), Sizes.of(512, 512)
