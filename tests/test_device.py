@@ -10,8 +10,9 @@ import device
 import device_correct
 import pytest
 import torch
-from device_run import Part, Settings, columns, in_turns, milliseconds, run_part
+from device_run import Part, Settings, columns, compiled, in_turns, milliseconds, run_part
 
+import lpcompile as lp
 from lpcompile.codegen.example import example
 
 CPU = torch.device("cpu")
@@ -110,6 +111,23 @@ def test_clocks() -> None:
     slow, fast = (lambda n=n: torch.randn(n).sort() for n in (400_000, 1_000))
     theirs, ours, ratio = in_turns(slow, fast, CPU)
     assert theirs > ours and ratio > 2
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_the_output_head_is_converted_where_that_is_asked(head: bool, tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.lm_head = torch.nn.Linear(32, 64), torch.nn.Linear(64, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.lm_head(self.body(x))
+            return y
+
+    with lp.capture() as traces:
+        compiled(Model(), "fp8-rowwise", settings(tmp_path, head=head))(torch.randn(16, 32)).sum().backward()
+    converted = {decision.key for decision in traces[0].plan.decisions if decision.converted}
+    assert converted == ({"body", "lm_head"} if head else {"body"})
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
