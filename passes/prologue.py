@@ -4,8 +4,9 @@
     h = mul(silu(g), u);  cast(h)                   ->   cast x0:bf16 x1:bf16 = mul(bf16(silu..), x1)
 
 A pointwise node is taken in where nobody else reads it, or where what it is computed from is no more to read than itself: a
-cast then computes it again in place of reading it. Reductions, matrix products and whatever else are inputs. Each node keeps
-the rounding of its own dtype, so that the meaning is that of the graph run op by op.
+cast then computes it again in place of reading it. Reductions, matrix products and whatever else are inputs. Nothing is taken
+in where that has wider tensors written than the quantised one: a gradient in FP32 that is rounded here stays with what computes
+it. Each node keeps the rounding of its own dtype, so that the meaning is that of the graph run op by op.
 """
 
 from __future__ import annotations
@@ -29,9 +30,6 @@ assert __name__ == "lpcompile.passes.prologue", "import it as lpcompile.passes, 
 
 aten = torch.ops.aten
 _MATRICES = 4  # that one cast reads at most
-_TWICE = (
-    2  # where it reads them twice, once for the amax of rows, columns or the tensor: more are cheaper written and read back
-)
 
 _UNARY: dict[Any, str] = {
     aten.neg.default: "neg",
@@ -66,6 +64,8 @@ _KEPT_ORDER = (
     aten.alias.default,
     aten.clone.default,
 )
+# Computed by Inductor where it is read, like whatever is pointwise, unless the reader is a kernel of ours.
+_IN_PASSING = (aten.scatter.value, aten.scatter.src, aten.full.default, aten.constant_pad_nd.default)
 _ROUNDED = {torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -182,6 +182,12 @@ class Region:
         found = frozenset[Node]().union(*(self.leaves(each, depth - 1) for each, kind in operands.items() if kind == ""))
         return found if _bytes(found) <= _itemsize(node) else frozenset((node,))
 
+    def pays(self) -> bool:
+        """What would be written only to be read here is no more than the root itself."""
+        matrices = (node for node, kind in self.inputs.items() if kind == "" and node is not self.root)
+        alone = [node for node in matrices if _in_passing(node) and self.taken.issuperset(node.users)]
+        return _bytes(alone) <= _itemsize(self.root)
+
     def expression(self) -> tuple[Expr, list[Node]]:
         """The root over its inputs, matrices first."""
         order = sorted(self.inputs, key=lambda node: (self.inputs[node] != "", self.position[node]))
@@ -192,6 +198,11 @@ class Region:
             operands, apply = found
             values[node] = apply(*(values[o] if isinstance(o, Node) else Number(float(o)) for o in operands))
         return values[self.root], order
+
+
+def _in_passing(node: Node) -> bool:
+    pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return pointwise or node.target in _IN_PASSING
 
 
 def _itemsize(node: Node) -> int:
@@ -229,6 +240,8 @@ def absorb(graph: Graph, plan: Plan, node: Node) -> Node | None:
     late = is_backward(node)
     region = Region(x, rows, cols, positions(graph), lambda each: late or not is_backward(each))
     region.grow()
+    if not region.pays():
+        return None
     seeds = [user for user in x.users if user.target is torch.ops.lowprec.draw_seed.default]
     others = [user for user in x.users if user is not node and user not in seeds and user.target is not aten.sym_size.int]
     keep = bool(others)

@@ -229,6 +229,32 @@ def test_what_others_read_is_written_before_they_read_it(recipe: str) -> None:
     assert any(k.keep and "relu(x0)" in str(k.prologue) for k in casts)
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_what_is_rounded_for_its_cast_is_written_rounded(alone: bool) -> None:
+    """The gradient of a loss in FP32 is rounded where it is computed; where others want it in FP32, the cast reads that."""
+
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 96, bias=False, dtype=torch.bfloat16)
+            self.scale = nn.Parameter(torch.zeros(96, requires_grad=not alone))
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            logits = self.head(x).float()
+            return nn.functional.cross_entropy(logits if alone else logits + self.scale, labels)
+
+    torch.manual_seed(0)
+    model, inputs = Head(), (torch.randn(48, 64, dtype=torch.bfloat16), torch.randint(0, 96, (48,)))
+    loss, grads, _ = step(model, inputs, "fp8-rowwise", "cpu")
+    fused_loss, fused_grads, trace = step(model, inputs, "fp8-rowwise", "sm_90")
+    assert torch.equal(loss, fused_loss)
+    for name, grad in grads.items():
+        assert torch.equal(grad, fused_grads[name]) and grad.any(), name
+    casts = [k for k in kernels(trace.graph_after("fuse")) if isinstance(k, CastKernel)]
+    read = {each.dtype for cast in casts for each in cast.inputs}
+    assert read == ({torch.bfloat16} if alone else {torch.bfloat16, torch.float32})
+
+
 def test_dynamic_sizes() -> None:
     torch.manual_seed(0)
     model = nn.Linear(64, 96, dtype=torch.bfloat16)
