@@ -225,7 +225,8 @@ class _Emitter:
                 dtype, shape, zeros = _part(part, view)
                 native = self.fragments.converts_fp8
                 if part == "codes":
-                    native = self.fragments.native(view.quant.elem) and view.quant.rounding is Rounding.RTNE
+                    written = view.output.written
+                    native = self.fragments.native(written.elem) and written.rounding is Rounding.RTNE
                 found.append(_Tensor(f"{POINTERS_TO[part]}_{view.index}", stored(dtype, native), dtype, shape, zeros))
         return found
 
@@ -326,8 +327,9 @@ if __name__ == "__main__":
 def _part(part: str, view: View) -> tuple[torch.dtype, tuple[Extent, Extent], bool]:
     """(dtype, sizes, whether it starts as zeros) of a part of an output."""
     rows, cols = view.extents
+    quant = view.output.written
     if part == "codes":
-        return view.quant.storage, (rows, cols.blocks(2) if view.quant.packed else cols), False
+        return quant.storage, (rows, cols.blocks(2) if quant.packed else cols), False
     if part == "values":
         return torch.bfloat16, (rows, cols), False
     if part == "mask":
@@ -336,9 +338,9 @@ def _part(part: str, view: View) -> tuple[torch.dtype, tuple[Extent, Extent], bo
         return torch.float32, (Extent.number(1), Extent.number(1)), False
     rows, cols = view.scale_extents
     if not view.output.tiled:
-        return view.quant.scale_storage, (rows, cols), False
+        return quant.scale_storage, (rows, cols), False
     # Tiles of scales are padded with 0.
-    return view.quant.scale_storage, (rows.padded(128), cols.padded(4)), not (rows.divides(128) and cols.divides(4))
+    return quant.scale_storage, (rows.padded(128), cols.padded(4)), not (rows.divides(128) and cols.divides(4))
 
 
 def _example(extent: Extent) -> int:

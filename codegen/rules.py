@@ -9,7 +9,7 @@ from __future__ import annotations
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import stream_key, uniform
-from lpcompile.codegen.views import View, origin
+from lpcompile.codegen.views import Blocks, View, origin
 from lpcompile.errors import KernelError
 from lpcompile.formats import E2M1, E4M3, EDEN_CLIP, EDEN_GROUP, Rounding, Rule
 
@@ -32,19 +32,23 @@ def add_scale(view: View, fragments: Fragments, function: Function) -> str:
 def _add_peaks(view: View, fragments: Fragments, function: Function) -> None:
     """`peak_bits`: one a block; `tensor_bits` of a scale above them."""
     blocks, quant = view.blocks, view.quant
-    if view.peak_block is not None:
-        counts = blocks.counts if quant.outer is None else (1, 1)
-        row, col = origin(view.peak_block)
-        rows, cols = view.checks(view.peak_block)
-        load = fragments.load(rows, cols)
-        extents = [extent.blocks(length).text for extent, length in zip(view.extents, view.peak_block, strict=True)]
-        sizes = ", ".join(extents if rows else extents[1:])
-        loaded = f"{load}({function.take('peaks')}, {counts[0]}, {counts[1]}, {row}, {col}, {sizes})"
+    if view.peak_block is not None and view.output.carrier is None:
+        loaded = load_peaks(view, view.peak_block, fragments, function)
         name = "tensor_bits" if quant.outer is not None else "peak_bits"
         shape = blocks.beside(loaded) if quant.outer is None else f"tl.reshape({loaded}, {(1,) * len(blocks.shape)})"
         function.add(f"{name} = {shape if len(blocks.shape) != 2 else loaded}")
-    if quant.outer is not None or view.peak_block is None:
+    if quant.outer is not None or view.output.carrier is not None or view.peak_block is None:
         function.add(f"peak_bits = {blocks.reduced(f'{fragments.magnitude_bits()}(x)')}")
+
+
+def load_peaks(view: View, block: tuple[int, int], fragments: Fragments, function: Function) -> str:
+    """The bits of amax that tiles share, as a matrix of the tile's."""
+    counts = Blocks.of(view.tile, block).counts
+    row, col = origin(block)
+    rows, cols = view.checks(block)
+    extents = [extent.blocks(length).text for extent, length in zip(view.extents, block, strict=True)]
+    sizes = ", ".join(extents if rows else extents[1:])
+    return f"{fragments.load(rows, cols)}({function.take('peaks')}, {counts[0]}, {counts[1]}, {row}, {col}, {sizes})"
 
 
 # ---- one level ---------------------------------------------------------------------------------------------------

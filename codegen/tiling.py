@@ -89,9 +89,7 @@ def _across(outputs: tuple[Output, ...]) -> bool:
     Scales that tiles share are left out: the kernel that finds their peaks reads whole tiles.
     """
     needs = [(output.transposed, needs_of(output.cast)) for output in outputs]
-    shared = any(
-        output.cast.quant.outer is not None or 0 in output.cast.quant.block.along(output.cast.axis) for output in outputs
-    )
+    shared = any(output.cast.quant.outer is not None or 0 in output.written.block.along(output.cast.axis) for output in outputs)
     along = all(need[0 if transposed else 1] >= _LONG > need[1 if transposed else 0] for transposed, need in needs)
     return not shared and along and len({transposed for transposed, _ in needs}) == 2
 

@@ -10,7 +10,7 @@ import torch
 from lpcompile.codegen.extents import Extent
 from lpcompile.errors import KernelError
 from lpcompile.formats import Quant
-from lpcompile.fused import written_cast
+from lpcompile.fused import mirrored_cast
 from lpcompile.kernel import Output
 from lpcompile.recipe import Rotation, Signs
 
@@ -106,7 +106,7 @@ class View:
 
     @property
     def axis(self) -> int:
-        return written_cast(self.output).axis
+        return mirrored_cast(self.output).axis
 
     @property
     def block(self) -> tuple[int, int]:
@@ -127,7 +127,7 @@ class View:
 
     @property
     def rotations(self) -> tuple[Rotation | None, Rotation | None]:
-        return written_cast(self.output).rotations
+        return mirrored_cast(self.output).rotations
 
     @property
     def drawn(self) -> bool:
@@ -135,8 +135,13 @@ class View:
         return any(each is not None and each.signs is Signs.DRAWN for each in self.rotations)
 
     @property
+    def scale_block(self) -> tuple[int, int]:
+        """Rows and columns that share one of the scales that are written."""
+        return self.output.written.block.along(self.axis)
+
+    @property
     def scale_extents(self) -> tuple[Extent, Extent]:
-        rows, cols = (extent.blocks(length) for extent, length in zip(self.extents, self.block, strict=True))
+        rows, cols = (extent.blocks(length) for extent, length in zip(self.extents, self.scale_block, strict=True))
         return rows, cols
 
     def checks(self, block: tuple[int, int] = (1, 1)) -> tuple[bool, bool]:
@@ -152,6 +157,8 @@ class View:
         """The blocks whose amax other tiles have a part in, or None."""
         if self.quant.outer is not None:
             return 0, 0
+        if self.output.carrier is not None:
+            return self.scale_block
         spanned = [
             (extent, size) for extent, size, length in zip(self.extents, self.tile, self.block, strict=True) if not length
         ]

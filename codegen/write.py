@@ -10,7 +10,7 @@ from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import uniform
-from lpcompile.codegen.rules import add_key, add_scale
+from lpcompile.codegen.rules import add_key, add_scale, load_peaks
 from lpcompile.codegen.views import View, origin
 from lpcompile.formats import E4M3, E8M0, F32, Int, Quant, Rounding, Rule
 from lpcompile.recipe import folds
@@ -37,8 +37,13 @@ def emit_write(view: View, dtype: torch.dtype, fragments: Fragments) -> Function
     name = "value" if view.output.decoded else "code"
     made = fragments.grid(quant.elem, rounding) if view.output.decoded else _encoded(quant, rounding, dtype, fragments)
     _add_rounded(view, fragments, function, name, lambda scaled: f"{made}({scaled}{noise})")
-    (_store_values if view.output.decoded else _store_codes)(view, fragments, function)
-    if "scale" in view.output.parts:
+    if view.output.carrier is not None:
+        _carry(view.output.carrier, view, fragments, function)
+    elif view.output.decoded:
+        _store_values(view, fragments, function)
+    else:
+        _store_codes(view, fragments, function)
+    if "scale" in view.output.parts and view.output.carrier is None:
         _store_scale(view, fragments, function)
     if "outer" in view.output.parts:
         _store_outer(view, fragments, function)
@@ -106,6 +111,22 @@ def _store_values(view: View, fragments: Fragments, function: Function) -> None:
     value = "value * scale" if folds(view.quant) else "value"
     values = fragments.rounded(f"({value})", torch.bfloat16)
     function.add(_store(view, fragments, f"values, {view.blocks.together(values)}, row0, col0", view.extents))
+
+
+def _carry(carrier: Quant, view: View, fragments: Fragments, function: Function) -> None:
+    """Adds what stores values as codes of the carrier, and its scales, which the peaks of the turned matrix give."""
+    values, block = view.blocks.together("(value * scale)"), view.scale_block
+    function.add(
+        f"carrier = {fragments.peak_scale(carrier)}({load_peaks(view, block, fragments, function)})",
+        f"carried = {values} * {fragments.inverse_power_of_two()}(carrier)",
+        "carried = tl.where(carrier == carrier, carried, 0.0)",
+        f"carried = {fragments.encode(carrier.elem, carrier.rounding)}(carried)",
+        _store(view, fragments, "codes, carried, row0, col0", view.extents),
+    )
+    factor = f" * {1 / view.quant.constant!r}" if view.quant.has_outer else ""
+    row, col = origin(block)
+    store = _store(view, fragments, f"scales, carrier{factor}, {row}, {col}", view.scale_extents, block)
+    function.add(*_once(store, block))
 
 
 def _store_scale(view: View, fragments: Fragments, function: Function) -> None:

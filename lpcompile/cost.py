@@ -56,7 +56,7 @@ def gemm_times(
     high = kernel_cost(GemmKernel(Dot(plain, DotOperand(None, True)), dtype), (m, n, k), target).time(target)
     if gemm is None:
         return high, high
-    decoded = target.native(gemm.a, gemm.b) is None
+    decoded, carrier = target.native(gemm.a, gemm.b) is None, target.carrier(gemm.a, gemm.b)
     turns = _resolved(gemm.k, k), _resolved(gemm.m, m), _resolved(gemm.n, n)
     low: Any = 0
     sides = []
@@ -70,10 +70,10 @@ def gemm_times(
         cast = Cast(quant, 1, (turn, turns[0]))
         # On a CPU codes are written and decoded by a launch of its own; a GPU's cast writes the values.
         apart = decoded and target.name == "cpu"
-        output = Output(cast, decoded=decoded and not apart)
+        output = Output(cast, decoded=decoded and not apart, carrier=carrier)
         low += _shared(kernel_cost(CastKernel((output,), dtype), (rows, k), target), share, target)
         low += kernel_cost(DecodeKernel(cast), (rows, k), target).time(target) if apart else 0
-        sides.append(DotOperand(cast, transposed, decoded))
+        sides.append(DotOperand(cast, transposed, decoded) if carrier is None else DotOperand(Cast(carrier, 1), transposed))
     product = GemmKernel(Dot(*sides), dtype, undo=turns[1:])
     return high, low + kernel_cost(product, (m, n, k), target).time(target)
 

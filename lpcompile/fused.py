@@ -37,7 +37,7 @@ parse_kernel = functools.cache(parse)
 
 def transpose_parts(parts: Sequence[Tensor], output: Output, cols: int) -> list[Tensor]:
     """The parts of a matrix's quantisation as those of the transposed matrix, packed along its rows. cols: unpacked."""
-    quant = output.cast.quant
+    quant = output.written
     found = []
     for name, part in zip(output.parts, parts, strict=True):
         if name == "codes" and quant.packed:
@@ -60,15 +60,23 @@ def tile_scales(scale: Tensor) -> Tensor:
     return tiles.reshape(padded.shape).contiguous().view(scale.dtype)
 
 
-def written_cast(output: Output) -> Cast:
-    """The Cast as a reader of the parts in memory sees it: mirrored where they are those of the transposed matrix."""
+def mirrored_cast(output: Output) -> Cast:
+    """The Cast of the matrix that is written: the other way around where that is the transposed one."""
     rows, cols = output.cast.rotations
     return Cast(output.cast.quant, 1 - output.cast.axis, (cols, rows)) if output.transposed else output.cast
 
 
+def written_cast(output: Output) -> Cast:
+    """The Cast as a reader of the parts in memory sees it."""
+    cast = mirrored_cast(output)
+    return cast if output.carrier is None else Cast(output.carrier, cast.axis)
+
+
 def _quantized(x: Tensor, output: Output, seed: Tensor | None, use: int, spins: Sequence[int]) -> list[Tensor]:
     parts = ops.quantize_reference(x, str(output.cast), seed, use, spins)
-    if output.decoded:
+    if output.carrier is not None:
+        parts = _carried(x, parts, output, seed, spins)
+    elif output.decoded:
         values = decode(parts, output.cast, output.cast.turned(x.shape)[-1])
         named = {**dict(zip(output.cast.quant.parts, parts, strict=True)), "values": values}
         parts = [named[name] for name in output.parts]
@@ -77,6 +85,20 @@ def _quantized(x: Tensor, output: Output, seed: Tensor | None, use: int, spins: 
     if output.tiled:
         parts[1] = tile_scales(parts[1])
     return parts
+
+
+def _carried(x: Tensor, parts: Sequence[Tensor], output: Output, seed: Tensor | None, spins: Sequence[int]) -> list[Tensor]:
+    """The values of a quantisation as codes of the carrier, under its scales of the turned matrix."""
+    cast, carrier = output.cast, output.carrier
+    assert carrier is not None
+    turned = ops.turn(x, cast, seed, spins)
+    scale = reference.quantize(turned, carrier, cast.axis).scale
+    named = dict(zip(cast.quant.parts, parts, strict=True))
+    values = reference.decode(parts[0], parts[1], cast.quant, cast.axis, turned.shape[-1])
+    codes = reference.to_codes(torch.where(scale.isnan(), 0.0, values / scale), carrier.elem)
+    # Range matching's factor is one of the row as well.
+    mask = [named["mask"]] if "mask" in named else []
+    return [codes, scale * named["outer"] if "outer" in named else scale, *mask]
 
 
 def decode(parts: Sequence[Tensor], cast: Cast, cols: int) -> Tensor:
@@ -218,15 +240,19 @@ def _fused_fake(
 def written_shapes(output: Output, shape: Sequence[Any]) -> list[tuple[list[Any], torch.dtype]]:
     """(shape, dtype) of each part that an output writes, for a matrix of `shape` (ints or SymInts)."""
     turned = output.cast.turned(shape)
-    quant, axis = output.cast.quant, output.cast.axis
-    named = dict(zip(quant.parts, reference.part_shapes(quant, axis, turned), strict=True))
+    axis = output.cast.axis
+    named = {
+        name: part
+        for quant in (output.cast.quant, output.written)
+        for name, part in zip(quant.parts, reference.part_shapes(quant, axis, turned), strict=True)
+    }
     named["values"] = turned, torch.bfloat16
     found = [named[name] for name in output.parts]
     if output.transposed:
         mirrored = []
         for name, (size, dtype) in zip(output.parts, found, strict=True):
             rows, cols = size if name in ("scale", "outer") else turned[-2:]
-            per_byte = {"codes": 2 if quant.packed else 1, "mask": 8}.get(name, 1)
+            per_byte = {"codes": 2 if output.written.packed else 1, "mask": 8}.get(name, 1)
             mirrored.append(([cols, (rows + per_byte - 1) // per_byte], dtype))
         found = mirrored
     if output.tiled:

@@ -21,8 +21,10 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lpcompile.carrier import carried
 from lpcompile.errors import KernelError, near_matches
 from lpcompile.expr import Expr, Load, nodes, parse_expr
+from lpcompile.formats import Quant
 from lpcompile.recipe import DECODED, TRANSPOSED, Cast, Dot, Rotation, decoded_parts
 
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
@@ -82,18 +84,22 @@ class Output:
 
     transposed: codes, scales and mask are written as those of the transposed matrix, packed along its rows. tiled: block
     scales come in the 128x4 tiles that tensor cores read (spec nvfp4: 32 rows of 16 bytes), padded with 0. decoded: bf16
-    values in place of the codes (`decoded_parts`). Text form: the cast's, then `~` for decoded, `'` for transposed, `#` for
-    tiled.
+    values in place of the codes (`decoded_parts`). carrier: the values themselves quantised anew, without loss (`carried`), so
+    that an instruction for 8 bits multiplies them; its scale is that of the turned matrix before the first quantisation.
+    Text form: the cast's, then `~` for decoded with the carrier, `'` for transposed, `#` for tiled.
     """
 
     cast: Cast
     transposed: bool = False
     tiled: bool = False
     decoded: bool = False
+    carrier: Quant | None = None
 
     def __post_init__(self) -> None:
         if self.decoded and self.tiled:
             raise KernelError(f"{self}: decoded values have no scales in tiles")
+        if self.carrier is not None and not (self.decoded and carried(self.cast.quant) and self.carrier.pow2):
+            raise KernelError(f"{self}: {self.carrier} does not bear these values")
         if self.tiled and (self.contraction_axis != 1 or not self.cast.quant.block.cols):
             raise KernelError(f"{self}: tiles of scales need blocks along the last axis in memory")
 
@@ -106,18 +112,25 @@ class Output:
     @property
     def parts(self) -> tuple[str, ...]:
         """Names of the tensors that are written, in order."""
+        if self.carrier is not None:
+            return (*self.carrier.parts, *(("mask",) if self.cast.quant.masked else ()))
         return decoded_parts(self.cast.quant) if self.decoded else self.cast.quant.parts
 
+    @property
+    def written(self) -> Quant:
+        """What the first two parts are codes and scales of."""
+        return self.carrier or self.cast.quant
+
     def __str__(self) -> str:
-        text = f"{self.cast}{DECODED if self.decoded else ''}"
+        text = f"{self.cast}{DECODED if self.decoded else ''}{self.carrier or ''}"
         return text + (TRANSPOSED if self.transposed else "") + ("#" if self.tiled else "")
 
     @staticmethod
     def parse(text: str) -> Output:
         plain = text.removesuffix("#")
         body = plain.removesuffix(TRANSPOSED)
-        cast = body.removesuffix(DECODED)
-        return Output(Cast.parse(cast), body != plain, plain != text, cast != body)
+        cast, decoded, carrier = body.partition(DECODED)
+        return Output(Cast.parse(cast), body != plain, plain != text, bool(decoded), Quant.parse(carrier) if carrier else None)
 
 
 def _outputs(text: str) -> tuple[bool, tuple[Output, ...]]:

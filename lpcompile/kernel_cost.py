@@ -147,7 +147,12 @@ def _input_bytes(kind: Input, rows: Any, cols: Any) -> Any:
 
 
 def _output_bytes(outputs: Sequence[Output], rows: Any, cols: Any) -> Any:
-    return sum(part_bytes(output.parts, output.cast, rows, cols) for output in outputs)
+    found: Any = 0
+    for output in outputs:
+        written = Cast(output.written, output.cast.axis)
+        found += part_bytes([part for part in output.parts if part != "mask"], written, rows, cols)
+        found += part_bytes([part for part in output.parts if part == "mask"], output.cast, rows, cols)
+    return found
 
 
 # ---- casts -------------------------------------------------------------------------------------------------------
@@ -155,8 +160,8 @@ def _output_bytes(outputs: Sequence[Output], rows: Any, cols: Any) -> Any:
 
 def _spans(output: Output) -> bool:
     """True where a scale spans an axis, so that an amax comes first."""
-    quant = output.cast.quant
-    return quant.outer is not None or 0 in (quant.block.rows, quant.block.cols)
+    block = output.written.block
+    return output.cast.quant.outer is not None or 0 in (block.rows, block.cols)
 
 
 def _of_whole(output: Output) -> bool:
@@ -173,7 +178,8 @@ def _peaks_in_turn(output: Output) -> bool:
 def _of_rows(output: Output) -> bool:
     """True where each row of the matrix that is read has a scale."""
     quant = output.cast.quant
-    return quant.outer is None and (quant.block.rows, quant.block.cols) == (1, 0) and output.cast.axis == 1
+    block = output.written.block
+    return quant.outer is None and (block.rows, block.cols) == (1, 0) and output.cast.axis == 1
 
 
 def _held(output: Output, cols: Any) -> bool:
@@ -183,7 +189,8 @@ def _held(output: Output, cols: Any) -> bool:
 
 def _in_row(output: Output) -> bool:
     """True where the generated kernel holds a row, if one fits."""
-    return _of_rows(output) and not output.transposed and output.cast.rotations == (None, None)
+    plain = not output.transposed and output.cast.rotations == (None, None) and output.carrier is None
+    return _of_rows(output) and plain
 
 
 def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any) -> Cost:

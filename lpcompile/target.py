@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lpcompile.carrier import CARRIER, carried
 from lpcompile.errors import TargetError, near_matches
 from lpcompile.formats import E4M3, E5M2, E8M0, Elem, Int, Quant
 
@@ -50,6 +51,12 @@ class Target:
         if a is None or b is None or self.kind(a) != self.kind(b) or self.kind(a) == "bf16":
             return None
         return self.kind(a) if self.kind(a) in self.rates else None
+
+    def carrier(self, a: Quant | None, b: Quant | None) -> Quant | None:
+        """What bears both operands exactly to an instruction that is faster than bf16's, where there is none for themselves."""
+        if a is None or b is None or self.native(a, b) or not (carried(a) and carried(b)):
+            return None
+        return CARRIER if self.native(CARRIER, CARRIER) else None
 
 
 TARGETS = (

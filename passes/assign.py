@@ -119,6 +119,8 @@ def _refusal(site: Site, role: Role, node: Node, gemm: Gemm | None, decision: De
 def _how(gemm: Gemm | None, plan: Plan) -> str:
     assert gemm is not None
     native = plan.target.native(gemm.a, gemm.b)
+    if (carrier := plan.target.carrier(gemm.a, gemm.b)) is not None:
+        return f"converted: as {carrier.elem} with the same values, {plan.target.name} has no instruction for its own"
     return f"converted: native {native}" if native else f"converted: decoded, {plan.target.name} has no such instruction"
 
 

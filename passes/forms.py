@@ -1,8 +1,9 @@
 """Quantisations and products as Kernels, in the forms in which they meet.
 
 An operand is a Cast's output in some form: as it is, transposed (the contraction last in memory, where 8-bit instructions want
-it), or decoded to bf16 where the target has no instruction for its codes. What backward reads of forward is always codes and
-scales; where it needs them decoded, a decode kernel stands just before the product.
+it), or decoded where the target has no instruction for its codes: to FP8 where that bears the values exactly (`carried`), else
+to bf16. What backward reads of forward is always codes and scales; where it needs them decoded, a kernel that decodes stands
+just before the product.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from lpcompile import fused
 from lpcompile.errors import KernelError
+from lpcompile.formats import Quant
 from lpcompile.joint import insert_call, is_backward, parameter_of
 from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Input, Output, RequantKernel, dtype_name
 from lpcompile.ops import parse_cast, parse_dot
@@ -113,9 +115,16 @@ def product(graph: Graph, plan: Plan, node: Node) -> Node | None:
         return None
     dot = parse_dot(str(text))
     quants = [side.cast.quant if side.cast is not None else None for side in (dot.left, dot.right)]
-    native = plan.target.native(*quants) is not None
+    carrier = plan.target.carrier(*quants)
+    if not all(
+        _made_here(node, list(parts)) or not quant.has_outer
+        for parts, quant in zip((left, right), quants, strict=True)
+        if quant
+    ):
+        carrier = None  # what forward saved is decoded first, to 16 bits, which an outer factor does not fit in
+    wanted = plan.target.native(*quants) is None, carrier
     sides = [
-        _operand(graph, plan, node, list(parts), side, is_left, native)
+        _operand(graph, plan, node, list(parts), side, is_left, wanted)
         for parts, side, is_left in ((left, dot.left, True), (right, dot.right, False))
     ]
     inputs = [*sides[0][0], *sides[1][0], *([] if bias is None else [bias])]
@@ -127,23 +136,33 @@ def product(graph: Graph, plan: Plan, node: Node) -> Node | None:
     return made
 
 
+def _made_here(node: Node, parts: list[Node]) -> bool:
+    """True for a quantisation of the phase that multiplies it."""
+    made = parts[0].args[0] if parts[0].target is operator.getitem else None
+    quantises = isinstance(made, Node) and made.target in (_ops.quantize.default, _ops.requantize.default)
+    return quantises and is_backward(made) is is_backward(node)  # type: ignore[arg-type]
+
+
 def _operand(
-    graph: Graph, plan: Plan, node: Node, parts: list[Node], side: DotOperand, left: bool, native: bool
+    graph: Graph, plan: Plan, node: Node, parts: list[Node], side: DotOperand, left: bool, wanted: tuple[bool, Quant | None]
 ) -> tuple[list[Node], DotOperand]:
-    """The parts of one operand and how the product reads them, in the form that is wanted."""
+    """The parts of one operand and how the product reads them, in the form that is wanted: (decoded, its carrier)."""
+    decoded, carrier = wanted
     if side.cast is None:
         return parts, side
     k_axis = (1 if left else 0) ^ int(side.transposed)
-    output = Output(side.cast, transposed=native and k_axis == 0, decoded=not native)
+    lies = k_axis == 0 and (carrier is not None or not decoded)
+    output = Output(side.cast, transposed=lies, decoded=decoded, carrier=carrier)
     origin = parts[0].args[0] if parts[0].target is operator.getitem else None
     made = None
     if isinstance(origin, Node) and origin.target in (_ops.quantize.default, _ops.requantize.default):
         made = _formed(graph, plan, node, origin, output, parts, _columns(node, left))
     elif output.decoded:
-        made = _decoded(graph, node, parts, side.cast, _columns(node, left))
+        made = _decoded(graph, node, parts, output, _columns(node, left))
     if made is None:
         return parts, side
-    return made, DotOperand(fused.written_cast(output), side.transposed ^ output.transposed, output.decoded)
+    operand = DotOperand(fused.written_cast(output), side.transposed ^ output.transposed, decoded and carrier is None)
+    return made[: len(operand.parts)] if carrier is not None else made, operand
 
 
 def _formed(
@@ -153,7 +172,7 @@ def _formed(
     late = is_backward(node) and not is_backward(origin)
     weight = origin.target is _ops.quantize.default and parameter_of(origin.args[0], plan.params) is not None  # type: ignore[arg-type]
     if output.decoded and late and not weight:
-        return _decoded(graph, node, parts, output.cast, cols)
+        return _decoded(graph, node, parts, output, cols)
     # Backward quantises a weight anew: it is alive anyway, and its codes would be kept in between for nothing.
     again = late and weight and not output.cast.random
     if not again and not output.transposed and not output.decoded:
@@ -188,13 +207,19 @@ def _call(origin: Node, output: Output) -> Call:
     return Call(list(parts), str(kernel), [cols], *_random(random))
 
 
-def _decoded(graph: Graph, node: Node, parts: list[Node], made_by: Cast, cols: Any) -> list[Node] | None:
-    """bf16 values of codes, decoded just before the product that reads them. None where their columns are not known."""
-    quant, late = made_by.quant, is_backward(node)
+def _decoded(graph: Graph, node: Node, parts: list[Node], output: Output, cols: Any) -> list[Node] | None:
+    """The values of codes, decoded just before the product that reads them. None where their columns are not known."""
+    made_by, quant, late = output.cast, output.cast.quant, is_backward(node)
     if not isinstance(cols, int):
         if quant.packed:
             return None
         cols = insert_call(graph, node, torch.ops.aten.sym_size.int, (parts[0], 1))
+    if output.carrier is not None:
+        # What is decoded is exact in bf16, and so is the carrier of that.
+        again = Output(Cast(output.carrier, made_by.axis), output.transposed)
+        kernel = RequantKernel(made_by, (again,), torch.bfloat16)
+        made = _insert(graph, node, Call(parts, str(kernel), [cols], None, [], []), late, None)
+        return [getitem(graph, node, made, index) for index in range(len(again.parts))]
     named = dict(zip(quant.parts, parts, strict=True))
     inputs = [parts[0], *([parts[1]] if folds(quant) else [])]
     values = _insert(graph, node, Call(inputs, str(DecodeKernel(made_by)), [cols], None, [], []), late, None)

@@ -87,7 +87,7 @@ def test_fused_graph_means_the_same(recipe: str) -> None:
 # five times, but of a sum, which is no kernel of ours. HALO turns them along both axes.
 ALONE = {"halo2-int8": {"hadamard": 4}, "quartet": {"hadamard": 2}}
 # Without an instruction for them, codes that forward saved are decoded just before backward's products.
-DECODED = {"mxfp8": {"decode": 4}, "mxfp4": {"decode": 4}, "nvfp4": {"decode": 4}}
+DECODED = {"mxfp8": {"decode": 4}, "mxfp4": {"requant": 4}, "nvfp4": {"decode": 4}}
 REQUANTS = {"quartet": {"requant": 11}, "quartet2": {"requant": 11}}
 
 
