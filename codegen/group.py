@@ -121,9 +121,10 @@ class Group:
             if view.peak_block is None:
                 continue
             # Peaks of the tile as it was read are the same for transposed outputs, read the other way around.
-            mirrored = view.output.transposed and view.rotations == (None, None)
+            as_read = view.rotations == (None, None) or view.output.carrier is not None
+            mirrored = view.output.transposed and as_read
             block = view.peak_block[::-1] if mirrored else view.peak_block
-            name = "x" if mirrored else view.tile_name
+            name = "x" if as_read else view.tile_name
             key = name, block
             if key not in found:
                 extents = view.extents[::-1] if mirrored else view.extents

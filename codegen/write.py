@@ -114,7 +114,7 @@ def _store_values(view: View, fragments: Fragments, function: Function) -> None:
 
 
 def _carry(carrier: Quant, view: View, fragments: Fragments, function: Function) -> None:
-    """Adds what stores values as codes of the carrier, and its scales, which the peaks of the turned matrix give."""
+    """Adds what stores values as codes of the carrier, and its scales, which the peaks of the matrix as it is read give."""
     values, block = view.blocks.together("(value * scale)"), view.scale_block
     function.add(
         f"carrier = {fragments.peak_scale(carrier)}({load_peaks(view, block, fragments, function)})",

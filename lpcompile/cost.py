@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import sympy
 import torch
 
+from lpcompile.carrier import CARRIER
 from lpcompile.formats import Quant
 from lpcompile.joint import size_hint
 from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Output
@@ -56,8 +57,9 @@ def gemm_times(
     high = kernel_cost(GemmKernel(Dot(plain, DotOperand(None, True)), dtype), (m, n, k), target).time(target)
     if gemm is None:
         return high, high
-    decoded, carrier = target.native(gemm.a, gemm.b) is None, target.carrier(gemm.a, gemm.b)
+    decoded = target.native(gemm.a, gemm.b) is None
     turns = _resolved(gemm.k, k), _resolved(gemm.m, m), _resolved(gemm.n, n)
+    carrier = CARRIER if target.carries(gemm.a, gemm.b) and turns[1:] == (None, None) else None
     low: Any = 0
     sides = []
     for quant, rows, turn, share, transposed in (

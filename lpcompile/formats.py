@@ -365,8 +365,8 @@ class Quant:
             raise FormatError(f"no QuEST constant for {self.elem}; known: {', '.join(QUEST_CLIP)}")
         if self.rule in (Rule.FLOOR, Rule.MATCHED) and isinstance(self.elem, Int):
             raise FormatError(f"rule {self.rule} needs a float element, not {self.elem}")
-        if not 0.0 < self.clip <= 8.0:
-            raise FormatError(f"clip is a multiple of amax in (0, 8], not {self.clip}")
+        if not 0.0 < self.clip <= 1024.0:
+            raise FormatError(f"clip is a multiple of amax in (0, 1024], not {self.clip}")
 
     def _check_two_levels(self) -> None:
         if (self.scale == E4M3) != (self.outer is not None):

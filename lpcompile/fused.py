@@ -75,7 +75,7 @@ def written_cast(output: Output) -> Cast:
 def _quantized(x: Tensor, output: Output, seed: Tensor | None, use: int, spins: Sequence[int]) -> list[Tensor]:
     parts = ops.quantize_reference(x, str(output.cast), seed, use, spins)
     if output.carrier is not None:
-        parts = _carried(x, parts, output, seed, spins)
+        parts = _carried(x, parts, output)
     elif output.decoded:
         values = decode(parts, output.cast, output.cast.turned(x.shape)[-1])
         named = {**dict(zip(output.cast.quant.parts, parts, strict=True)), "values": values}
@@ -87,14 +87,13 @@ def _quantized(x: Tensor, output: Output, seed: Tensor | None, use: int, spins: 
     return parts
 
 
-def _carried(x: Tensor, parts: Sequence[Tensor], output: Output, seed: Tensor | None, spins: Sequence[int]) -> list[Tensor]:
-    """The values of a quantisation as codes of the carrier, under its scales of the turned matrix."""
+def _carried(x: Tensor, parts: Sequence[Tensor], output: Output) -> list[Tensor]:
+    """The values of a quantisation as codes of the carrier, under its scales of the matrix before it was turned."""
     cast, carrier = output.cast, output.carrier
     assert carrier is not None
-    turned = ops.turn(x, cast, seed, spins)
-    scale = reference.quantize(turned, carrier, cast.axis).scale
+    scale = reference.quantize(x, carrier, cast.axis).scale
     named = dict(zip(cast.quant.parts, parts, strict=True))
-    values = reference.decode(parts[0], parts[1], cast.quant, cast.axis, turned.shape[-1])
+    values = reference.decode(parts[0], parts[1], cast.quant, cast.axis, cast.turned(x.shape)[-1])
     codes = reference.to_codes(torch.where(scale.isnan(), 0.0, values / scale), carrier.elem)
     # Range matching's factor is one of the row as well.
     mask = [named["mask"]] if "mask" in named else []

@@ -85,7 +85,7 @@ class Output:
     transposed: codes, scales and mask are written as those of the transposed matrix, packed along its rows. tiled: block
     scales come in the 128x4 tiles that tensor cores read (spec nvfp4: 32 rows of 16 bytes), padded with 0. decoded: bf16
     values in place of the codes (`decoded_parts`). carrier: the values themselves quantised anew, without loss (`carried`), so
-    that an instruction for 8 bits multiplies them; its scale is that of the turned matrix before the first quantisation.
+    that an instruction for 8 bits multiplies them; its scale is that of the matrix before it is turned along the contraction.
     Text form: the cast's, then `~` for decoded with the carrier, `'` for transposed, `#` for tiled.
     """
 
@@ -100,6 +100,8 @@ class Output:
             raise KernelError(f"{self}: decoded values have no scales in tiles")
         if self.carrier is not None and not (self.decoded and carried(self.cast.quant) and self.carrier.pow2):
             raise KernelError(f"{self}: {self.carrier} does not bear these values")
+        if self.carrier is not None and self.cast.rotations[1 - self.cast.axis] is not None:
+            raise KernelError(f"{self}: a row's scale says nothing of rows that are mixed")
         if self.tiled and (self.contraction_axis != 1 or not self.cast.quant.block.cols):
             raise KernelError(f"{self}: tiles of scales need blocks along the last axis in memory")
 

@@ -52,11 +52,11 @@ class Target:
             return None
         return self.kind(a) if self.kind(a) in self.rates else None
 
-    def carrier(self, a: Quant | None, b: Quant | None) -> Quant | None:
-        """What bears both operands exactly to an instruction that is faster than bf16's, where there is none for themselves."""
-        if a is None or b is None or self.native(a, b) or not (carried(a) and carried(b)):
-            return None
-        return CARRIER if self.native(CARRIER, CARRIER) else None
+    def carries(self, a: Quant | None, b: Quant | None) -> bool:
+        """True where FP8 bears both operands exactly to its instruction, and there is none for themselves."""
+        if a is None or b is None or self.native(a, b) is not None:
+            return False
+        return carried(a) and carried(b) and self.native(CARRIER, CARRIER) is not None
 
 
 TARGETS = (

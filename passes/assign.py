@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from lpcompile.carrier import CARRIER
 from lpcompile.cost import predict
 from lpcompile.errors import StrictError
 from lpcompile.joint import GEMMS, Site, find_sites, gemm_operands, module_name
@@ -119,8 +120,8 @@ def _refusal(site: Site, role: Role, node: Node, gemm: Gemm | None, decision: De
 def _how(gemm: Gemm | None, plan: Plan) -> str:
     assert gemm is not None
     native = plan.target.native(gemm.a, gemm.b)
-    if (carrier := plan.target.carrier(gemm.a, gemm.b)) is not None:
-        return f"converted: as {carrier.elem} with the same values, {plan.target.name} has no instruction for its own"
+    if plan.target.carries(gemm.a, gemm.b):
+        return f"converted: as {CARRIER.elem} with the same values, {plan.target.name} has no instruction for its own"
     return f"converted: native {native}" if native else f"converted: decoded, {plan.target.name} has no such instruction"
 
 

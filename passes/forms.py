@@ -18,8 +18,8 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from lpcompile import fused
+from lpcompile.carrier import carrying
 from lpcompile.errors import KernelError
-from lpcompile.formats import Quant
 from lpcompile.joint import insert_call, is_backward, parameter_of
 from lpcompile.kernel import CastKernel, DecodeKernel, GemmKernel, Input, Output, RequantKernel, dtype_name
 from lpcompile.ops import parse_cast, parse_dot
@@ -115,16 +115,10 @@ def product(graph: Graph, plan: Plan, node: Node) -> Node | None:
         return None
     dot = parse_dot(str(text))
     quants = [side.cast.quant if side.cast is not None else None for side in (dot.left, dot.right)]
-    carrier = plan.target.carrier(*quants)
-    if not all(
-        _made_here(node, list(parts)) or not quant.has_outer
-        for parts, quant in zip((left, right), quants, strict=True)
-        if quant
-    ):
-        carrier = None  # what forward saved is decoded first, to 16 bits, which an outer factor does not fit in
-    wanted = plan.target.native(*quants) is None, carrier
+    decoded = plan.target.native(*quants) is None
+    fp8 = plan.target.carries(*quants) and _carried(node, left, dot.left) and _carried(node, right, dot.right)
     sides = [
-        _operand(graph, plan, node, list(parts), side, is_left, wanted)
+        _operand(graph, plan, node, list(parts), side, is_left, (decoded, fp8))
         for parts, side, is_left in ((left, dot.left, True), (right, dot.right, False))
     ]
     inputs = [*sides[0][0], *sides[1][0], *([] if bias is None else [bias])]
@@ -136,23 +130,28 @@ def product(graph: Graph, plan: Plan, node: Node) -> Node | None:
     return made
 
 
-def _made_here(node: Node, parts: list[Node]) -> bool:
-    """True for a quantisation of the phase that multiplies it."""
+def _carried(node: Node, parts: Sequence[Node], side: DotOperand) -> bool:
+    """True where FP8 can bear an operand: its scale says nothing of rows that were mixed, and what forward saved is decoded
+    to 16 bits first, which range matching's factor does not fit in."""
+    cast = side.cast
+    assert cast is not None
     made = parts[0].args[0] if parts[0].target is operator.getitem else None
     quantises = isinstance(made, Node) and made.target in (_ops.quantize.default, _ops.requantize.default)
-    return quantises and is_backward(made) is is_backward(node)  # type: ignore[arg-type]
+    here = quantises and is_backward(made) is is_backward(node)  # type: ignore[arg-type]
+    return cast.rotations[1 - cast.axis] is None and (here or not cast.quant.has_outer)
 
 
 def _operand(
-    graph: Graph, plan: Plan, node: Node, parts: list[Node], side: DotOperand, left: bool, wanted: tuple[bool, Quant | None]
+    graph: Graph, plan: Plan, node: Node, parts: list[Node], side: DotOperand, left: bool, wanted: tuple[bool, bool]
 ) -> tuple[list[Node], DotOperand]:
-    """The parts of one operand and how the product reads them, in the form that is wanted: (decoded, its carrier)."""
-    decoded, carrier = wanted
+    """The parts of one operand and how the product reads them, in the form that is wanted: (decoded, borne by FP8)."""
+    decoded, fp8 = wanted
     if side.cast is None:
         return parts, side
     k_axis = (1 if left else 0) ^ int(side.transposed)
-    lies = k_axis == 0 and (carrier is not None or not decoded)
-    output = Output(side.cast, transposed=lies, decoded=decoded, carrier=carrier)
+    turn = side.cast.rotations[side.cast.axis]
+    carrier = carrying(turn.block if turn is not None else 1) if fp8 else None
+    output = Output(side.cast, k_axis == 0 and (fp8 or not decoded), decoded=decoded, carrier=carrier)
     origin = parts[0].args[0] if parts[0].target is operator.getitem else None
     made = None
     if isinstance(origin, Node) and origin.target in (_ops.quantize.default, _ops.requantize.default):
@@ -161,8 +160,8 @@ def _operand(
         made = _decoded(graph, node, parts, output, _columns(node, left))
     if made is None:
         return parts, side
-    operand = DotOperand(fused.written_cast(output), side.transposed ^ output.transposed, decoded and carrier is None)
-    return made[: len(operand.parts)] if carrier is not None else made, operand
+    operand = DotOperand(fused.written_cast(output), side.transposed ^ output.transposed, decoded and not fp8)
+    return made[: len(operand.parts)], operand
 
 
 def _formed(

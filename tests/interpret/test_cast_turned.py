@@ -10,7 +10,7 @@ import torch
 from casting import check, run, sample
 
 from lpcompile import ops
-from lpcompile.carrier import CARRIER
+from lpcompile.carrier import carrying
 from lpcompile.codegen import turn
 from lpcompile.kernel import DecodeKernel, RequantKernel, parse
 from lpcompile.recipe import folds
@@ -26,7 +26,7 @@ TURNED = (
 REQUANTS = (
     "requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
     f"requant {NVFP4}:4over6|1 as bf16 -> {NVFP4}:eden|0|0:h128drawn', {NVFP4}:eden|0|0:h128drawn~'",
-    f"requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn~{CARRIER}'",
+    f"requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn~{carrying(32)}'",
     "requant e4m3:128x128|1 as bf16 -> e4m3:1x128|0'",
     "requant int8:row|1 as f32 -> int8:row|0', e2m1:1x32:e8m0:up|1",
 )
