@@ -19,12 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lpcompile.carrier import CARRIER, carrying
 from lpcompile.codegen import emit
 from lpcompile.codegen.compile import SHARED_LIMIT, Compiled, Product, compile_entry
 from lpcompile.codegen.source import Sizes
 from lpcompile.errors import KernelError
 from lpcompile.kernel import GemmKernel, Kernel, parse
 from lpcompile.layer import layer_kernels
+from lpcompile.recipe import Cast
 from lpcompile.target import Target, find_target
 
 TARGETS = tuple(SHARED_LIMIT)
@@ -35,22 +37,29 @@ SIZES = (4096, 4096, 4096)
 
 @dataclass(frozen=True)
 class Gemm:
-    """A product in one format. native: the operand kind of the instruction on each target that has one; elsewhere the
-    operands come as bf16 values. after: what follows in the kernel's text."""
+    """A product in one format. native: the operand kind of the instruction on each target that has one; elsewhere FP8 bears
+    the operands, or they come as bf16 values. after: what follows in the kernel's text."""
 
     left: str
     right: str
     native: dict[str, str]
     after: str = ""
 
+    def carried(self, target: str) -> bool:
+        left, right = (Cast.parse(side).quant for side in (self.left, self.right))
+        return find_target(target).carries(left, right)
+
     def text(self, target: str) -> str:
+        if self.carried(target):
+            return f"gemm {CARRIER}|1 @ {CARRIER}|1' -> bf16{self.after}"
         decoded = "" if target in self.native else "~"
         return f"gemm {self.left}{decoded} @ {self.right}{decoded}' -> bf16{self.after}"
 
-    def products(self, target: str) -> set[Product]:
-        """The instructions that belong into it: a rotation undone is a product of bf16 tiles."""
-        undone = {Product(INSTRUCTION[target], "bf16")} if ":h" in self.after else set()
-        return {Product(INSTRUCTION[target], self.native.get(target, "bf16")), *undone}
+    def products(self, target: str, follows: bool) -> set[Product]:
+        """The instructions of its function `gemm`: a rotation undone is a product of bf16 tiles, unless a function follows."""
+        undone = {Product(INSTRUCTION[target], "bf16")} if ":h" in self.after and not follows else set()
+        kind = "fp8" if self.carried(target) else self.native.get(target, "bf16")
+        return {Product(INSTRUCTION[target], kind), *undone}
 
 
 _FP8 = dict.fromkeys(("sm_89", "sm_90", "sm_100", "sm_120"), "fp8")
@@ -82,6 +91,8 @@ CASTS = {
     "mxfp8 decoded": "cast x0:bf16 = x0 as bf16 -> e4m3:1x32:e8m0:up|1~",
     "mxfp4": "cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:up|1",
     "quest": "cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:quest|1|1:h32",
+    "mxfp4 carried": f"cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:up|1~{CARRIER}, e2m1:1x32:e8m0:up|0~{CARRIER}'",
+    "quest carried": f"cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:quest|1|1:h32~{carrying(32)}, e2m1:1x32:e8m0:quest|1|1:h32",
     "matched": "cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
     "nvfp4": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32|1, e2m1:1x16:e4m3+f32|0|0:h16fixed'",
     "nvfp4 sr": "cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32:sr8|1, e2m1:1x16:e4m3+f32:sr8|0|0:h16fixed'",
@@ -91,6 +102,8 @@ CASTS = {
 }
 REQUANTS = {
     "quartet": "requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
+    "quartet carried": f"requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn~{carrying(32)}'",
+    "mxfp4 carried": f"requant e2m1:1x32:e8m0:up|0 as bf16 -> {CARRIER}|0'",
     "quartet2": "requant e2m1:1x16:e4m3+f32:4over6|1 as bf16 -> e2m1:1x16:e4m3+f32:eden|0|0:h128drawn'",
 }
 DECODES = {"mxfp8": "decode e4m3:1x32:e8m0:up|1", "nvfp4": "decode e2m1:1x16:e4m3+f32|1", "int8": "decode int8:row|1"}
@@ -142,17 +155,18 @@ def _compiled(family: str, name: str, kernel: Kernel, sizes: Sequence[int], targ
         found = [compile_entry(source, entry, machine) for entry in source.entries]
     except KernelError as error:
         return [Row(family, name, target, None, (str(error),))]
-    return [Row(family, name, target, each, _faults(each, kernel, name, machine)) for each in found]
+    follows = any(each.name == "follow" for each in found)
+    return [Row(family, name, target, each, _faults(each, kernel, name, machine, follows)) for each in found]
 
 
-def _faults(compiled: Compiled, kernel: Kernel, name: str, target: Target) -> tuple[str, ...]:
+def _faults(compiled: Compiled, kernel: Kernel, name: str, target: Target, follows: bool) -> tuple[str, ...]:
     found = []
     if compiled.spills:
         found.append(f"{compiled.spills} bytes spilled")
     if not compiled.fits:
         found.append(f"{compiled.shared} bytes of shared memory, of {SHARED_LIMIT[target.name]}")
     if isinstance(kernel, GemmKernel) and name in GEMMS:
-        expected = GEMMS[name].products(target.name)
+        expected = GEMMS[name].products(target.name, follows)
         # A function that only adds parts up multiplies nothing.
         if compiled.products != expected and compiled.name == "gemm":
             found.append(f"multiplies with {_names(compiled.products)} in place of {_names(expected)}")
