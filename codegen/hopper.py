@@ -109,7 +109,7 @@ def _dtype(kernel: GemmKernel, left: bool) -> torch.dtype:
 def emit_hopper(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> Source:
     """The module for a product under a schedule of `hopper_schedules`. Raises KernelError for one that it does not offer."""
     _shape(kernel, sizes, target)
-    after = _plan(kernel, sizes, target, Schedule((*follow.TILE, schedule.tile[2]))) if _followed(kernel) else None
+    after = _plan(kernel, sizes, target, Schedule((*follow.tile(kernel), schedule.tile[2]))) if _followed(kernel) else None
     writer = _Writer(kernel, _plan(_product(kernel), sizes, target, schedule), after)
     return Source(kernel, sizes, target, schedule, writer.text(), (writer.entry(), *(follow.entries(after) if after else ())))
 

@@ -54,7 +54,8 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
     if isinstance(kernel, CastKernel) and not heavy and _across(kernel.outputs):
         parts = Schedule((max(needs[0], 64), max(needs[1], 64)), warps=4, stages=1, step=64)
         found += [parts, replace(parts, step=32), replace(parts, warps=8, step=0, registers=128)]
-    for rows, cols in _HEAVY_TILES if heavy else _TILES:
+    turned = max((rotation.block for cast in casts for rotation in cast.rotations if rotation and fits(rotation)), default=0)
+    for rows, cols in _HEAVY_TILES if heavy else _TURNED_TILES if turned == _TURNED else _TILES:
         tile = _shrunk((max(rows, needs[0]), max(cols, needs[1])), (needs[0], needs[1]))
         if tile[0] * tile[1] > _LARGEST:
             raise KernelError(f"{kernel}: a tile of {tile[0]} x {tile[1]} does not fit into registers")
@@ -62,8 +63,7 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
         schedule = Schedule(tile, warps=min(max(warps, 4), 16), stages=1)
         if schedule not in found:
             found.append(schedule)
-    turns = [rotation for cast in casts for rotation in cast.rotations if rotation is not None and fits(rotation)]
-    if any(rotation.block >= _TURNED for rotation in turns):
+    if turned > _TURNED or (turned == _TURNED and heavy):
         found[1:1] = [replace(found[0], registers=most) for most in _REGISTERS if 32 * found[0].warps * most <= 1 << 15]
     return tuple(found)
 
@@ -99,9 +99,11 @@ _LONG = 128  # elements of a block: two of its kind, across each other, fill a t
 # Measured on an H200: 64 x 128 for rows and blocks of 32, 128 x 128 where blocks of 128 ask for it.
 _TILES = ((64, 128), (128, 128), (64, 64))
 _HEAVY_TILES = ((64, 64), (32, 128), (128, 128))
+# Casts of Quartet, turned in blocks of 32: 665, 683 and 484 us with 32 x 128, 842, 754 and 576 at best with 64 x 128.
+_TURNED_TILES = ((32, 128), (64, 64), (64, 128))
 _ELEMENTS = 64  # of a tile, that a thread holds
-# Tiles that are turned by so much wait for products: casts of Quartet and MS-EDEN took 0.8 to 0.86 of the time with more
-# programs side by side, though they spill a little; casts without a rotation, or with one of 16, took longer.
+# Tiles that are turned by more wait for products: casts of MS-EDEN took 0.8 to 0.86 of the time with more programs side by
+# side, though they spill a little; casts without a rotation, or with one of 16, took longer.
 _TURNED = 32
 _REGISTERS = (128, 168)
 
