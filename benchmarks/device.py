@@ -26,8 +26,9 @@ from device_correct import CORRECT
 from device_kernels import KERNELS
 from device_layers import E2E, LINEAR, TRAIN
 from device_run import Part, Row, Settings, columns, run_part, serve, unpack_wheel
+from device_turns import TURNS
 
-PARTS: dict[str, Part] = {part.name: part for part in (CORRECT, CEILINGS, KERNELS, LINEAR, E2E, TRAIN)}
+PARTS: dict[str, Part] = {part.name: part for part in (CORRECT, CEILINGS, KERNELS, LINEAR, E2E, TURNS, TRAIN)}
 
 
 def machine(dry: bool) -> dict[str, str]:

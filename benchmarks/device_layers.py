@@ -142,12 +142,18 @@ def llama_8b(layers: int, settings: Settings) -> nn.Module:
     return model
 
 
-def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
-    batch, seq, layers = (2, 16, 1) if settings.dry else (2, 4096, 4)
+def _e2e_size(settings: Settings) -> tuple[int, int, int]:
+    """(batch, sequence, layers)."""
+    return (2, 16, 1) if settings.dry else (2, 4096, 4)
+
+
+def llama_step(contender: str, settings: Settings) -> tuple[Callable[[], None], list[Any]]:
+    """A training step as a contender compiles it, and the list to which it adds its loss."""
+    batch, seq, layers = _e2e_size(settings)
     model = llama_8b(layers, settings)
     parameters = list(model.parameters())
     vocabulary = int(model.config.vocab_size)  # type: ignore[union-attr, arg-type]
-    step_model = compiled(model, case["contender"], settings)
+    step_model = compiled(model, contender, settings)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     tokens = torch.randint(vocabulary, (batch, seq), device=settings.device)
     losses: list[Any] = []
@@ -159,6 +165,12 @@ def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach().clone())
 
+    return step, losses
+
+
+def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
+    batch, seq, _ = _e2e_size(settings)
+    step, losses = llama_step(case["contender"], settings)
     started = time.perf_counter()
     step()
     synchronize(settings.device)
@@ -166,7 +178,7 @@ def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     for _ in range(2):
         step()
     with peak_memory(settings.device) as memory:
-        times = _step_times(step, 3 if settings.dry else 15, settings)
+        times = step_times(step, 3 if settings.dry else 15, settings)
     median = statistics.median(times)
     row: Row = {"step_ms": median, "tokens_s": batch * seq / median * 1e3, "compile_s": compile_s, **memory}
     row["loss"] = float(losses[-1])
@@ -177,7 +189,7 @@ def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     return row | {"detail": launches()}
 
 
-def _step_times(step: Callable[[], None], count: int, settings: Settings) -> list[float]:
+def step_times(step: Callable[[], None], count: int, settings: Settings) -> list[float]:
     """Wall time of each step with the device drained after it: what a training loop that reads its loss sees."""
     times = []
     for _ in range(count):
@@ -244,7 +256,7 @@ def _train_run(case: Case, settings: Settings, before: list[Row]) -> Row:
     step(0, 0.0)  # compiles, and leaves the weights alone
     synchronize(settings.device)
     compile_s = time.perf_counter() - started
-    probe = statistics.median(_step_times(lambda: void(step(0, 0.0)), 5, settings))
+    probe = statistics.median(step_times(lambda: void(step(0, 0.0)), 5, settings))
     steps = int(baselines[0]["steps"]) if baselines else 4 if settings.dry else max(20, int(60e3 * settings.minutes / probe))
     torch.manual_seed(0)
     started = time.perf_counter()

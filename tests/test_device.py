@@ -22,13 +22,20 @@ def settings(folder: Path, **how) -> Settings:
     return Settings(str(folder), ("fp8-rowwise",), (64,), dry=True, **how)
 
 
-@pytest.mark.parametrize("name", ["correct", "ceilings", "kernels", "linear"])
+@pytest.mark.parametrize("name", ["correct", "ceilings", "kernels", "linear", "turns"])
 def test_a_part_in_tiny_sizes(name: str, tmp_path: Path) -> None:
     part, how = device.PARTS[name], settings(tmp_path)
     rows = [{**case, **part.run(case, how, [])} for case in part.cases(how)]
     assert rows and all("error" not in row and not row.get("failed") for row in rows)
     # What travels between processes is JSON.
     assert len(columns(part.lines(json.loads(json.dumps(rows)))).splitlines()) > 1
+
+
+def test_turns_say_who_ended_early(tmp_path: Path) -> None:
+    part, how = device.PARTS["turns"], settings(tmp_path)
+    row = part.run({"name": "turns", "contenders": ["nothing"]}, how, [])
+    assert row["rows"] == [] and "unknown recipe" in row["failed"]["nothing"]
+    assert "nothing" in columns(part.lines([row]))
 
 
 @pytest.mark.parametrize(
