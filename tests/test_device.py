@@ -36,6 +36,8 @@ def test_turns_say_who_ended_early(tmp_path: Path) -> None:
     row = part.run({"name": "turns", "contenders": ["nothing"]}, how, [])
     assert row["rows"] == [] and "unknown recipe" in row["failed"]["nothing"]
     assert "nothing" in columns(part.lines([row]))
+    late = part.run({"name": "turns", "contenders": ["bf16"]}, settings(tmp_path, budget=-1.0), [])
+    assert late == {"rows": [], "failed": {"bf16": "not reached in time"}}
 
 
 @pytest.mark.parametrize(
