@@ -27,9 +27,9 @@ from lpcompile.target import Target
 
 # Share of the copy's bandwidth that casts reach, as measured on a Hopper: codes in one orientation, in both.
 ONE_WAY, BOTH_WAYS = 0.88, 0.84
-# What arithmetic bounds: blocks of 128 across each other, codes that no instruction makes, with a random word or byte for
-# each of them, MS-EDEN's sums.
-ACROSS, NO_INSTRUCTION, RANDOM, RANDOM_BYTE, EDEN = 0.57, 0.32, 0.26, 0.45, 0.14
+# What arithmetic bounds: blocks of 128 across each other, squares of them, codes that no instruction makes, their values in a
+# carrier, what is made of such codes, a random word or byte for each of them, MS-EDEN's sums.
+ACROSS, SQUARES, NO_INSTRUCTION, CARRIED, AGAIN, RANDOM, RANDOM_BYTE, EDEN = 0.58, 0.74, 0.39, 0.42, 0.22, 0.26, 0.45, 0.14
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
 # A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits: in
@@ -193,8 +193,11 @@ def _in_row(output: Output) -> bool:
     return _of_rows(output) and plain
 
 
-def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any) -> Cost:
-    """A Cast or a Requant. first: bytes of its inputs; again: of the least that a second read takes; kept: written besides."""
+def _quantising(
+    first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any, source: Quant | None = None
+) -> Cost:
+    """A Cast, or a Requant of `source`. first: bytes of its inputs; again: of the least that a second read takes; kept:
+    written besides."""
     twice = any(map(_spans, outputs))
     needed = any(_spans(output) and not _held(output, cols) and not _peaks_in_turn(output) for output in outputs)
     elements = rows * cols
@@ -224,21 +227,26 @@ def _quantising(first: Any, again: Any, kept: Any, outputs: Sequence[Output], ro
         read += first + 2 * (passes - 1 + again) * elements
         written += 2 * passes * elements
         launches += passes + again
-    return Cost(read, written, minimum, turned=turned, share=_share(outputs), apart=apart, launches=launches)
+    return Cost(read, written, minimum, turned=turned, share=_share(outputs, source), apart=apart, launches=launches)
 
 
-def _share(outputs: Sequence[Output]) -> float:
-    """Share of the bandwidth that a cast reaches."""
+def _share(outputs: Sequence[Output], source: Quant | None) -> float:
+    """Share of the bandwidth that a cast reaches, or a requant of `source`."""
     both = len({output.transposed for output in outputs}) == 2
     quants = [output.cast.quant for output in outputs]
     if any(quant.rule is Rule.EDEN for quant in quants):
         return EDEN
     if any(quant.rounding.stochastic for quant in quants):
-        return RANDOM if any(quant.rounding is Rounding.SR for quant in quants) else RANDOM_BYTE
+        packed = any(output.cast.quant.packed and not output.decoded for output in outputs)
+        return RANDOM if packed or any(quant.rounding is Rounding.SR for quant in quants) else RANDOM_BYTE
+    if source is not None and source.packed:
+        return AGAIN
+    if any(output.carrier is not None for output in outputs):
+        return CARRIED
     if any(quant.packed for quant in quants) and both:
         return NO_INSTRUCTION
     if both and any(max(quant.block.along(1)) >= 128 for quant in quants):
-        return ACROSS
+        return SQUARES if all(quant.block.symmetric for quant in quants) else ACROSS
     return BOTH_WAYS if both else ONE_WAY
 
 
@@ -282,7 +290,7 @@ def _cast(kernel: CastKernel, rows: Any, cols: Any) -> Cost:
 
 def _requant(kernel: RequantKernel, rows: Any, cols: Any) -> Cost:
     source = part_bytes([name for name in kernel.source.quant.parts if name != "mask"], kernel.source, rows, cols)
-    return _quantising(source, source, 0, kernel.outputs, rows, cols)
+    return _quantising(source, source, 0, kernel.outputs, rows, cols, kernel.source.quant)
 
 
 def _decode(kernel: DecodeKernel, rows: Any, cols: Any) -> Cost:
@@ -312,9 +320,10 @@ def _gemm(kernel: GemmKernel, m: Any, n: Any, k: Any, target: Target) -> Cost:
     read += sum(_input_bytes(kind, m, n) for kind in kernel.then.inputs) if kernel.then is not None else 0
     written = kernel.result.itemsize * m * n
     minimum = read + written
-    # A block that no tile holds sends the result through memory, factor by factor.
+    # A block that no tile holds sends the result through memory, factor by factor; on some targets a mask or a turn does.
     passes = _passes(kernel.undo)
     turned = 0 if passes else 2 * m * n * sum(turn.block for turn in kernel.undo if turn is not None)
+    passes += target.follows and bool(kernel.mask or (turned and not passes))
     trip = size * passes * m * n
     read, written, apart, launches = read + trip, written + trip, 2 * trip, 1 + passes
     kind = _product_kind(kernel.dot, kernel.out, target)

@@ -17,14 +17,16 @@ class Target:
 
     rates: dense TFLOP/s by operand kind (`f32`, `bf16`, `fp8`, `int8`, `mx8`, `mx4`, `nvfp4`); a kind that is missing has no
     native instruction and runs as decoded bf16. `fp8-group`, `fp8-groups`: FP8 with partial sums scaled in FP32 (see
-    `kernel_cost.kind_of`). bandwidth: TB/s, bytes read plus bytes written. launch: microseconds a kernel
-    costs at least. Rates are datasheet or measured figures, used only to compare alternatives.
+    `kernel_cost.kind_of`). bandwidth: TB/s, bytes read plus bytes written. launch: microseconds a kernel costs at least.
+    follows: a product's clip mask and rotations back are a launch of their own. Rates are datasheet or measured figures, used
+    only to compare alternatives.
     """
 
     name: str
     rates: dict[str, float] = field(hash=False)
     bandwidth: float
     launch: float
+    follows: bool = False
 
     def __post_init__(self) -> None:
         if not {"f32", "bf16"} <= self.rates.keys():
@@ -77,6 +79,7 @@ TARGETS = (
         {"f32": 60.0, "bf16": 700.0, "fp8": 1450.0, "fp8-group": 1180.0, "fp8-groups": 880.0, "int8": 1550.0},
         bandwidth=4.25,
         launch=3.0,
+        follows=True,
     ),
     Target(
         "sm_100",

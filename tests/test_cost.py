@@ -10,11 +10,14 @@ import sympy
 import torch
 
 import lpcompile as lp
+from lpcompile.carrier import CARRIER, carrying
 from lpcompile.cost import K, M, N, expressions, gemm_times, predict
 from lpcompile.kernel import parse
 from lpcompile.kernel_cost import (
     ACROSS,
+    AGAIN,
     ALONE,
+    CARRIED,
     EDEN,
     ONE_WAY,
     PASS,
@@ -224,10 +227,33 @@ def test_time_of_a_cast() -> None:
     assert turned.time(TOY) - one.time(TOY) == pytest.approx(2 * 32 * size / 2e6)
 
 
-@pytest.mark.parametrize(("quant", "share"), [("", ONE_WAY), (":sr", RANDOM), (":sr8", RANDOM_BYTE), (":eden", EDEN)])
+@pytest.mark.parametrize(
+    ("quant", "share"),
+    [("|1", ONE_WAY), (":sr|1~", RANDOM), (":sr8|1", RANDOM), (":sr8|1~", RANDOM_BYTE), (":eden|1", EDEN)],
+)
 def test_what_random_numbers_cost(quant: str, share: float) -> None:
-    found = cost(f"cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32{quant}|1", 4096, 4096)
+    found = cost(f"cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32{quant}", 4096, 4096)
     assert found.share == share and found.time(TOY) == pytest.approx(found.moved / (5e5 * share))
+
+
+def test_what_carriers_cost() -> None:
+    """A byte an element and a scale a row, after a pass that finds the peaks of rows; codes and masks as ever."""
+    rows, cols = 256, 128
+    found = cost(f"cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:quest|1|1:h32~{carrying(32)}", rows, cols)
+    assert (found.read, found.written) == (2 * 2 * rows * cols, (1 + 1 / 8) * rows * cols + 4 * rows)
+    assert (found.launches, found.share) == (2, CARRIED)
+    again = cost(f"requant e2m1:1x32:e8m0:up|0 as bf16 -> {CARRIER}|0'", rows, cols)
+    assert (again.read, again.written) == (2 * (1 / 2 + 1 / 32) * rows * cols, rows * cols + 4 * cols)
+    assert again.share == AGAIN < CARRIED
+
+
+def test_what_follows_a_product_on_some_targets() -> None:
+    m, n = 256, 128
+    for after, follows in (("", False), (" * mask", True), (" * 1:h32", True), (" * mask * 1:h32", True)):
+        text = f"gemm {CARRIER}|1 @ {CARRIER}|1' -> bf16{after}"
+        apart, inside = (kernel_cost(parse(text), (m, n, 512), replace(TOY, follows=here)) for here in (True, False))
+        assert apart.launches - inside.launches == follows
+        assert apart.moved - inside.moved == follows * 4 * m * n
 
 
 def test_words_cost_more_than_bytes_and_sums_the_most() -> None:

@@ -167,10 +167,18 @@ def test_native_operands_lie_along_the_contraction() -> None:
 
 
 def test_saved_tensors_are_codes() -> None:
-    for recipe, target in (("fp8-rowwise", "sm_90"), ("quartet", "sm_90"), ("nvfp4", "sm_90"), ("nvfp4", "sm_100")):
+    for recipe, target in (
+        ("fp8-rowwise", "sm_90"),
+        ("quartet", "sm_90"),
+        ("mxfp4", "sm_90"),
+        ("nvfp4", "sm_90"),
+        ("nvfp4", "sm_100"),
+    ):
         trace = block_step(recipe, target)[2]
         parts = [entry["info"]["part"] for entry in trace.saved if entry["info"]]
         assert "codes" in parts and "values" not in parts, (recipe, parts)
+        kept = {entry["dtype"] for entry in trace.saved if entry["info"] and entry["info"]["part"] == "codes"}
+        assert len(kept) == 1 and ("uint8" in str(kept)) is (recipe != "fp8-rowwise"), "four bits stay four bits"
         weights = [e for e in trace.saved if e["info"] and "primals" in str(e["info"].get("base", ""))]
         assert recipe == "quartet" or not weights, "backward quantises weights anew"
 
@@ -180,6 +188,20 @@ def test_quartet_requantises_codes_under_masks() -> None:
     assert sum(isinstance(k, RequantKernel) for k in found) == 11  # seven weights, four inputs
     gemms = [k for k in found if isinstance(k, GemmKernel)]
     assert sum(k.mask for k in gemms) == 14 and sum(k.undo != (None, None) for k in gemms) == 9  # all wgrads; dgrads of o, down
+
+
+def test_fp8_bears_fp4_where_it_multiplies_faster() -> None:
+    for recipe in ("quartet", "mxfp4"):
+        found = kernels(block_graph(recipe, "sm_90"))
+        for gemm in (k for k in found if isinstance(k, GemmKernel)):
+            for side in (gemm.dot.left, gemm.dot.right):
+                assert not side.decoded and str(side.cast.quant).startswith("e5m2:row:up:clip="), gemm
+        assert not any(isinstance(k, DecodeKernel) for k in found)
+        reasons = {each.reason for each in block_step(recipe, "sm_90")[2].plan.decisions if each.converted}
+        assert reasons == {"converted: as e5m2 with the same values, sm_90 has no instruction for its own"}
+    # Scales with a mantissa do not fit, nor do those of a target without the instruction.
+    assert all(k.dot.left.decoded for k in kernels(block_graph("nvfp4", "sm_90")) if isinstance(k, GemmKernel))
+    assert any(isinstance(k, DecodeKernel) for k in kernels(block_step("mxfp4", "sm_80")[2].graph_after("fuse")))
 
 
 def test_bias_and_residual_follow_the_product() -> None:
