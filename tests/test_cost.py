@@ -20,6 +20,7 @@ from lpcompile.kernel_cost import (
     CARRIED,
     EDEN,
     ONE_WAY,
+    PACKED,
     PASS,
     RANDOM,
     RANDOM_BYTE,
@@ -229,7 +230,7 @@ def test_time_of_a_cast() -> None:
 
 @pytest.mark.parametrize(
     ("quant", "share"),
-    [("|1", ONE_WAY), (":sr|1~", RANDOM), (":sr8|1", RANDOM), (":sr8|1~", RANDOM_BYTE), (":eden|1", EDEN)],
+    [("|1", PACKED), ("|1~", ONE_WAY), (":sr|1~", RANDOM), (":sr8|1", RANDOM), (":sr8|1~", RANDOM_BYTE), (":eden|1", EDEN)],
 )
 def test_what_random_numbers_cost(quant: str, share: float) -> None:
     found = cost(f"cast x0:bf16 = x0 as bf16 -> e2m1:1x16:e4m3+f32{quant}", 4096, 4096)
