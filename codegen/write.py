@@ -67,7 +67,7 @@ def _add_rounded(view: View, fragments: Fragments, function: Function, name: str
     """Adds `scale`, `name`, which is what is rounded, and the mask."""
     quant = view.quant
     valid = add_scale(view, fragments, function)
-    if quant.masked:
+    if "mask" in view.output.parts:
         function.add(f"kept = (tl.abs(scaled) < {quant.target!r}) & ({valid})")
     on_grid = quant.rule in (Rule.FOUR_SIX, Rule.EDEN)
     before = "grid" if on_grid else "scaled"

@@ -96,8 +96,7 @@ def _carried(x: Tensor, parts: Sequence[Tensor], output: Output) -> list[Tensor]
     values = reference.decode(parts[0], parts[1], cast.quant, cast.axis, cast.turned(x.shape)[-1])
     codes = reference.to_codes(torch.where(scale.isnan(), 0.0, values / scale), carrier.elem)
     # Range matching's factor is one of the row as well.
-    mask = [named["mask"]] if "mask" in named else []
-    return [codes, scale * named["outer"] if "outer" in named else scale, *mask]
+    return [codes, scale * named["outer"] if "outer" in named else scale]
 
 
 def decode(parts: Sequence[Tensor], cast: Cast, cols: int) -> Tensor:

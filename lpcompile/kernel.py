@@ -86,6 +86,7 @@ class Output:
     scales come in the 128x4 tiles that tensor cores read (spec nvfp4: 32 rows of 16 bytes), padded with 0. decoded: bf16
     values in place of the codes (`decoded_parts`). carrier: the values themselves quantised anew, without loss (`carried`), so
     that an instruction for 8 bits multiplies them; its scale is that of the matrix before it is turned along the contraction.
+    A mask comes with the codes, not with what bears them.
     Text form: the cast's, then `~` for decoded with the carrier, `'` for transposed, `#` for tiled.
     """
 
@@ -115,7 +116,7 @@ class Output:
     def parts(self) -> tuple[str, ...]:
         """Names of the tensors that are written, in order."""
         if self.carrier is not None:
-            return (*self.carrier.parts, *(("mask",) if self.cast.quant.masked else ()))
+            return self.carrier.parts
         return decoded_parts(self.cast.quant) if self.decoded else self.cast.quant.parts
 
     @property

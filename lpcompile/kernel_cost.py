@@ -149,12 +149,8 @@ def _input_bytes(kind: Input, rows: Any, cols: Any) -> Any:
 
 
 def _output_bytes(outputs: Sequence[Output], rows: Any, cols: Any) -> Any:
-    found: Any = 0
-    for output in outputs:
-        written = Cast(output.written, output.cast.axis)
-        found += part_bytes([part for part in output.parts if part != "mask"], written, rows, cols)
-        found += part_bytes([part for part in output.parts if part == "mask"], output.cast, rows, cols)
-    return found
+    written = ((output.parts, Cast(output.written, output.cast.axis)) for output in outputs)
+    return sum(part_bytes(parts, cast, rows, cols) for parts, cast in written)
 
 
 # ---- casts -------------------------------------------------------------------------------------------------------

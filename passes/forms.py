@@ -161,7 +161,7 @@ def _operand(
     if made is None:
         return parts, side
     operand = DotOperand(fused.written_cast(output), side.transposed ^ output.transposed, decoded and not fp8)
-    return made[: len(operand.parts)], operand
+    return made, operand
 
 
 def _formed(
