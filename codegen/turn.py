@@ -97,7 +97,7 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
 
     def product(value: str, matrix: str, left: bool = False) -> str:
         name = product_fragment(dtype, fragments, left)
-        return f"x = {fragments.rounded(f'({name}({value}, {matrix}) * {scale!r})', dtype)}"
+        return f"x = {fragments.rounded(f'({name}({value}, {matrix}) * {scale!r})', dtype, widened=True)}"
 
     flat = (tile[0] * tile[1] // size, size)
     if flip and flat == tile and not _in_threads(view, dtype, fragments):

@@ -60,6 +60,14 @@ class Blocks:
         """The inverse: scales in a shape that broadcasts to that of the blocks."""
         return scale if self.scales == self.counts else f"tl.reshape({scale}, {self.scales})"
 
+    def spread(self, scale: str, block: tuple[int, int]) -> str:
+        """A matrix of one number for each row or column, in a shape that broadcasts to that of the blocks."""
+        shape: list[int] = []
+        for size, length, count in zip(self.tile, block, self.counts, strict=True):
+            apart = 1 if count in (1, size) else 2
+            shape += [1] * apart if not length else [size] if apart == 1 else [count, size // count]
+        return scale if len(shape) == 2 else f"tl.reshape({scale}, {tuple(shape)})"
+
     def reduced(self, value: str, op: str = "tl.max") -> str:
         """One number a block."""
         if op == "tl.max" and self.counts == (1, 1):

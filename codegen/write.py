@@ -71,7 +71,10 @@ def _add_rounded(view: View, fragments: Fragments, function: Function, name: str
         function.add(f"kept = (tl.abs(scaled) < {quant.target!r}) & ({valid})")
     on_grid = quant.rule in (Rule.FOUR_SIX, Rule.EDEN)
     before = "grid" if on_grid else "scaled"
-    function.add("# A block that is not finite has codes 0; its scale says so.", f"{before} = tl.where({valid}, {before}, 0.0)")
+    if not (view.output.decoded and quant.pow2):
+        # What is multiplied with a scale that is NaN needs no care.
+        comment = "# A block that is not finite has codes 0; its scale says so."
+        function.add(comment, f"{before} = tl.where({valid}, {before}, 0.0)")
     if not on_grid:
         function.add(f"{name} = {rounded('scaled')}")
     else:
@@ -115,17 +118,18 @@ def _store_values(view: View, fragments: Fragments, function: Function) -> None:
 
 def _carry(carrier: Quant, view: View, fragments: Fragments, function: Function) -> None:
     """Adds what stores values as codes of the carrier, and its scales, which the peaks of the matrix as it is read give."""
-    values, block = view.blocks.together("(value * scale)"), view.scale_block
+    block = view.scale_block
     function.add(
-        f"carrier = {fragments.peak_scale(carrier)}({load_peaks(view, block, fragments, function)})",
-        f"carried = {values} * {fragments.inverse_power_of_two()}(carrier)",
+        f"carriers = {fragments.peak_scale(carrier)}({load_peaks(view, block, fragments, function)})",
+        f"carrier = {view.blocks.spread('carriers', block)}",
+        f"carried = value * (scale * {fragments.inverse_power_of_two()}(carrier))",
         "carried = tl.where(carrier == carrier, carried, 0.0)",
-        f"carried = {fragments.encode(carrier.elem, carrier.rounding)}(carried)",
+        f"carried = {view.blocks.together(f'{fragments.encode(carrier.elem, carrier.rounding)}(carried)')}",
         _store(view, fragments, "codes, carried, row0, col0", view.extents),
     )
     factor = f" * {1 / view.quant.constant!r}" if view.quant.has_outer else ""
     row, col = origin(block)
-    store = _store(view, fragments, f"scales, carrier{factor}, {row}, {col}", view.scale_extents, block)
+    store = _store(view, fragments, f"scales, carriers{factor}, {row}, {col}", view.scale_extents, block)
     function.add(*_once(store, block))
 
 
