@@ -36,6 +36,7 @@ STEP_RECIPES = (
     "nvfp4",
     "quartet2",
     "quartet",
+    "mxfp4",
     "fp8-tensorwise",
     "int8-rowwise",
 )

@@ -11,6 +11,7 @@ from typing import Any
 from device_ceilings import copy_rate, vendor
 from device_run import Case, Part, Row, Settings, milliseconds
 
+from lpcompile.carrier import CARRIER, carrying
 from lpcompile.codegen import emit, module, schedules
 from lpcompile.codegen.example import example
 from lpcompile.codegen.source import Sizes
@@ -30,6 +31,8 @@ CASTS = {
     "int8 row both": ROWS + "int8:row|1, int8:row|0'",
     "mx8 decoded both": ROWS + "e4m3:1x32:e8m0:up|1~, e4m3:1x32:e8m0:up|0~'",
     "mx4 both": ROWS + "e2m1:1x32:e8m0:up|1, e2m1:1x32:e8m0:up|0'",
+    "mx4 carried both": ROWS + f"e2m1:1x32:e8m0:up|1~{CARRIER}, e2m1:1x32:e8m0:up|0~{CARRIER}'",
+    "quest carried": ROWS + f"e2m1:1x32:e8m0:quest|1|1:h32~{carrying(32)}, e2m1:1x32:e8m0:quest|1|1:h32",
     "nvfp4 both h16": ROWS + "e2m1:1x16:e4m3+f32:sr8|1, e2m1:1x16:e4m3+f32:sr8|0|0:h16fixed'",
     "1x128 both h32": ROWS + "e4m3:1x128|1, e4m3:1x128|0|0:h32fixed'",
     "int8 tensor h4096": ROWS + "int8:tensor|1|1:h4096",
@@ -43,6 +46,7 @@ GEMMS = {
     "1x128 @ 128x128": ("gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16", "fp8 row fast"),
     "1x128 @ 1x128": ("gemm e4m3:1x128|1 @ e4m3:1x128|1' -> bf16", "fp8 row fast"),
     "int8 row": ("gemm int8:row|1 @ int8:row|1' -> bf16", "int8"),
+    "mx4 carried": (f"gemm {CARRIER}|1 @ {CARRIER}|1' -> bf16", "fp8 row fast"),
     "nvfp4 decoded": ("gemm e2m1:1x16:e4m3+f32|1~ @ e2m1:1x16:e4m3+f32|1~' -> bf16", "bf16"),
 }
 # M, N, K: Llama-8B's at 8192 and 16384 tokens, then DeepSeek-V3's (the published table of DeepGEMM).
