@@ -14,6 +14,7 @@ from lpcompile.codegen.turn import emit_drawn, emit_turn
 from lpcompile.codegen.views import Blocks, View, origin
 from lpcompile.codegen.write import emit_write
 from lpcompile.formats import Rule
+from lpcompile.fused import mirrored_cast
 
 assert __name__ == "lpcompile.codegen.group", "import it as lpcompile.codegen, not as codegen"
 
@@ -75,7 +76,7 @@ class Group:
         for view in views:
             if view.rotations != (None, None):
                 self.turns[view.index] = emit_turn(view, source.dtype, fragments)
-        self.writes = [emit_write(view, source.dtype, fragments) for view in views]
+        self.writes = [emit_write(view, source.dtype, fragments, self._twin(view)) for view in views]
         self.drawn = [each for view in views for each in emit_drawn(view, fragments)]
         self.parts = parts
         # Where a rotation's matrix is as large as a tile, a program makes it once for several.
@@ -87,6 +88,11 @@ class Group:
             self.kernels.insert(0, (self._amax_kernel(), self._amax_grid))
         for each in (source.function, *([parts[0].function] if parts else []), *self.writes):
             each.take(*sizes)
+
+    def _twin(self, view: View) -> bool:
+        """True for codes whose values another output is."""
+        same = (each.output for each in self.views if mirrored_cast(each.output) == mirrored_cast(view.output))
+        return not view.output.decoded and any(output.decoded and output.cast.quant.pow2 for output in same)
 
     @property
     def peaks_name(self) -> str:

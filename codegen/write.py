@@ -22,8 +22,9 @@ assert __name__ == "lpcompile.codegen.write", "import it as lpcompile.codegen, n
 POINTERS_TO = {"codes": "codes", "values": "values", "scale": "scales", "outer": "outers", "mask": "masks"}
 
 
-def emit_write(view: View, dtype: torch.dtype, fragments: Fragments) -> Function:
-    """`write_<index>(x, row0, col0, <parts>, <peaks>, <seed and use>)` of a tile of `dtype` that is turned already."""
+def emit_write(view: View, dtype: torch.dtype, fragments: Fragments, twin: bool = False) -> Function:
+    """`write_<index>(x, row0, col0, <parts>, <peaks>, <seed and use>)` of a tile of `dtype` that is turned already. twin: the
+    values of the same codes are written too, so that a compiler may do once what leads to both."""
     doc = f"{view.output} of a tile, which lies at (row0, col0) of what is written."
     function = Function(f"write_{view.index}", doc, ("x", "row0", "col0"))
     quant, blocks = view.quant, view.blocks
@@ -36,7 +37,7 @@ def emit_write(view: View, dtype: torch.dtype, fragments: Fragments) -> Function
     noise = ", noise" if rounding.stochastic else ""
     name = "value" if view.output.decoded else "code"
     made = fragments.grid(quant.elem, rounding) if view.output.decoded else _encoded(quant, rounding, dtype, fragments)
-    _add_rounded(view, fragments, function, name, lambda scaled: f"{made}({scaled}{noise})")
+    _add_rounded(view, fragments, function, name, lambda scaled: f"{made}({scaled}{noise})", twin)
     if view.output.carrier is not None:
         _carry(view.output.carrier, view, fragments, function)
     elif view.output.decoded:
@@ -63,7 +64,9 @@ def _encoded(quant: Quant, rounding: Rounding, dtype: torch.dtype, fragments: Fr
     return fragments.encode(quant.elem, rounding, within)
 
 
-def _add_rounded(view: View, fragments: Fragments, function: Function, name: str, rounded: Callable[[str], str]) -> None:
+def _add_rounded(
+    view: View, fragments: Fragments, function: Function, name: str, rounded: Callable[[str], str], twin: bool
+) -> None:
     """Adds `scale`, `name`, which is what is rounded, and the mask."""
     quant = view.quant
     valid = add_scale(view, fragments, function)
@@ -71,14 +74,17 @@ def _add_rounded(view: View, fragments: Fragments, function: Function, name: str
         function.add(f"kept = (tl.abs(scaled) < {quant.target!r}) & ({valid})")
     on_grid = quant.rule in (Rule.FOUR_SIX, Rule.EDEN)
     before = "grid" if on_grid else "scaled"
-    if not (view.output.decoded and quant.pow2):
+    late = twin and quant.packed and not on_grid
+    comment = "# A block that is not finite has codes 0; its scale says so."
+    if not late and not (view.output.decoded and quant.pow2):
         # What is multiplied with a scale that is NaN needs no care.
-        comment = "# A block that is not finite has codes 0; its scale says so."
         function.add(comment, f"{before} = tl.where({valid}, {before}, 0.0)")
     if not on_grid:
         function.add(f"{name} = {rounded('scaled')}")
     else:
         function.add(f"{name} = {'grid' if view.output.decoded else f'{fragments.encode(quant.elem, Rounding.RTNE)}(grid)'}")
+    if late:
+        function.add(comment, f"{name} = tl.where({valid}, {name}, 0)")
 
 
 def _noise(view: View, fragments: Fragments, function: Function) -> None:

@@ -22,6 +22,7 @@ TURNED = (
     BF16 + f"e4m3:1x32:e8m0:up|1|1:h32, {NVFP4}:sr|0|0:h16fixed'",
     BF16 + "int8:tensor|1|0:h16|1:h32, int8:tensor|1|1:h128fixed', int8:row|1|0:h64drawn",
     "cast x0:f32 = x0 as f32 -> e2m1:1x32:e8m0:quest|1|1:h32drawn, e4m3:tensor|1|0:h128'",
+    BF16 + f"e2m1:1x32:e8m0:quest|1|1:h32~{carrying(32)}, e2m1:1x32:e8m0:quest|1|1:h32",
 )
 REQUANTS = (
     "requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'",
