@@ -59,7 +59,7 @@ def gemm_times(
         return high, high
     decoded = target.native(gemm.a, gemm.b) is None
     turns = _resolved(gemm.k, k), _resolved(gemm.m, m), _resolved(gemm.n, n)
-    carrier = CARRIER if target.carries(gemm.a, gemm.b) and turns[1:] == (None, None) else None
+    carrier = CARRIER if borne(gemm, target) else None
     low: Any = 0
     sides = []
     for quant, rows, turn, share, transposed in (
@@ -78,6 +78,11 @@ def gemm_times(
         sides.append(DotOperand(cast, transposed, decoded) if carrier is None else DotOperand(Cast(carrier, 1), transposed))
     product = GemmKernel(Dot(*sides), dtype, undo=turns[1:])
     return high, low + kernel_cost(product, (m, n, k), target).time(target)
+
+
+def borne(gemm: Gemm, target: Target) -> bool:
+    """True where FP8 bears both operands to its instruction: no row's scale speaks for rows that rotations mix."""
+    return target.carries(gemm.a, gemm.b) and gemm.m is None and gemm.n is None
 
 
 def _resolved(turn: Rotation | None, size: Any) -> Rotation | None:

@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from lpcompile.carrier import CARRIER
-from lpcompile.cost import predict
+from lpcompile.cost import borne, predict
 from lpcompile.errors import StrictError
 from lpcompile.joint import GEMMS, Site, find_sites, gemm_operands, module_name
 from lpcompile.kernel_cost import Readers
@@ -120,7 +120,7 @@ def _refusal(site: Site, role: Role, node: Node, gemm: Gemm | None, decision: De
 def _how(gemm: Gemm | None, plan: Plan) -> str:
     assert gemm is not None
     native = plan.target.native(gemm.a, gemm.b)
-    if plan.target.carries(gemm.a, gemm.b):
+    if borne(gemm, plan.target):
         return f"converted: as {CARRIER.elem} with the same values, {plan.target.name} has no instruction for its own"
     return f"converted: native {native}" if native else f"converted: decoded, {plan.target.name} has no such instruction"
 

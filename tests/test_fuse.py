@@ -199,6 +199,16 @@ def test_fp8_bears_fp4_where_it_multiplies_faster() -> None:
         assert not any(isinstance(k, DecodeKernel) for k in found)
         reasons = {each.reason for each in block_step(recipe, "sm_90")[2].plan.decisions if each.converted}
         assert reasons == {"converted: as e5m2 with the same values, sm_90 has no instruction for its own"}
+    mixed = "fprop: e2m1:1x32:e8m0:up @ e2m1:1x32:e8m0:up * m:h32"
+
+    class Mean(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).float().mean()
+
+    model = Mean(64, 96, dtype=torch.bfloat16)
+    trace = step(model, (torch.randn(64, 64).bfloat16(),), mixed, "sm_90")[2]
+    (gemm,) = (k for k in kernels(trace.graph_after("fuse")) if isinstance(k, GemmKernel))
+    assert gemm.dot.left.decoded and any("decoded, sm_90" in each.reason for each in trace.plan.decisions)
     # Scales with a mantissa do not fit, nor do those of a target without the instruction.
     assert all(k.dot.left.decoded for k in kernels(block_graph("nvfp4", "sm_90")) if isinstance(k, GemmKernel))
     assert any(isinstance(k, DecodeKernel) for k in kernels(block_step("mxfp4", "sm_80")[2].graph_after("fuse")))
