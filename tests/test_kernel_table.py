@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +87,11 @@ def test_kernels_are_in_the_json_and_in_the_totals(report: lp.Report) -> None:
     # Codes and scales in, bf16 out; nothing twice.
     assert first["moved"] == first["least"] == 32 * 64 + 96 * 64 + 4 * (32 + 96) + 2 * 32 * 96
     assert first["rules"][0] == "product" and first["phase"] == "forward" and first["time"] > 0
+    (hint,) = (line for line in report.totals() if line.startswith("short kernels"))
+    assert "cudagraphs" in hint and hint == kernel_table.host_bound(report.launches, "sm_90")
+    long = [replace(each, time=2 * kernel_table.HOST) for each in report.launches]
+    assert kernel_table.host_bound(long, "sm_90") is None and kernel_table.host_bound(report.launches, "cpu") is None
+    assert kernel_table.host_bound([], "sm_90") is None
     line = kernel_table.total(report.launches, "sm_90")
     assert line in report.totals() and line in report.text(300) and "kernels on sm_90:" in line
     assert "moved (x least)" not in report.text(300) and "moved (x least)" in report.text(300, kernels=True)
