@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -116,4 +117,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
 
 
 if __name__ == "__main__":
+    # As after Ctrl-C: workers are ended too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     main()

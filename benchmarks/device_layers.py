@@ -168,15 +168,21 @@ def llama_step(contender: str, settings: Settings) -> tuple[Callable[[], None], 
     return step, losses
 
 
-def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
-    batch, seq, _ = _e2e_size(settings)
-    step, losses = llama_step(case["contender"], settings)
+def compile_time(step: Callable[[], None], settings: Settings) -> float:
+    """Seconds of the first step; two more follow, so that nothing is new to those that are measured."""
     started = time.perf_counter()
     step()
     synchronize(settings.device)
-    compile_s = time.perf_counter() - started
+    seconds = time.perf_counter() - started
     for _ in range(2):
         step()
+    return seconds
+
+
+def _e2e_run(case: Case, settings: Settings, before: list[Row]) -> Row:
+    batch, seq, _ = _e2e_size(settings)
+    step, losses = llama_step(case["contender"], settings)
+    compile_s = compile_time(step, settings)
     with peak_memory(settings.device) as memory:
         times = step_times(step, 3 if settings.dry else 15, settings)
     median = statistics.median(times)

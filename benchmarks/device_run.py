@@ -158,7 +158,11 @@ def _worker(
             environment |= {key: str(Path(caches) / name) for key, name in names.items()}
         command = [sys.executable, str(script), "--worker", part.name, str(order), str(answers)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        died = _watch(process, answers, part, deadline)
+        try:
+            died = _watch(process, answers, part, deadline)
+        finally:
+            # Whoever is told to end leaves nobody behind on the device.
+            process.kill()
     # A line that was cut short belongs to the case that failed.
     rows = [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
     if died is None:

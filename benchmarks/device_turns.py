@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from device_layers import llama_step, step_times
-from device_run import BASELINE, Case, Part, Row, Settings, contenders, peak_memory, prepare, synchronize
+from device_layers import compile_time, llama_step, step_times
+from device_run import BASELINE, Case, Part, Row, Settings, contenders, peak_memory, prepare
 
 HEAD = " + head"  # ends the name of a contender that converts the output head too
 _ROUNDS, _STEPS = 3, 7
@@ -115,13 +115,7 @@ def _serve(name: str, settings: Settings) -> None:
     prepare(settings)
     settings = replace(settings, head=settings.head or name.endswith(HEAD))
     step, losses = llama_step(name.removesuffix(HEAD), settings)
-    started = time.perf_counter()
-    step()
-    synchronize(settings.device)
-    compile_s = time.perf_counter() - started
-    for _ in range(2):
-        step()
-    print(json.dumps({"compile_s": compile_s}), flush=True)
+    print(json.dumps({"compile_s": compile_time(step, settings)}), flush=True)
     for line in sys.stdin:
         with peak_memory(settings.device) as memory:
             times = step_times(step, int(line), settings)

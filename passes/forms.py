@@ -136,8 +136,8 @@ def _carried(node: Node, parts: Sequence[Node], side: DotOperand) -> bool:
     cast = side.cast
     assert cast is not None
     made = parts[0].args[0] if parts[0].target is operator.getitem else None
-    quantises = isinstance(made, Node) and made.target in (_ops.quantize.default, _ops.requantize.default)
-    here = quantises and is_backward(made) is is_backward(node)  # type: ignore[arg-type]
+    quantises = (_ops.quantize.default, _ops.requantize.default)
+    here = isinstance(made, Node) and made.target in quantises and is_backward(made) is is_backward(node)
     return cast.rotations[1 - cast.axis] is None and (here or not cast.quant.has_outer)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import device
@@ -29,6 +32,31 @@ def test_a_part_in_tiny_sizes(name: str, tmp_path: Path) -> None:
     assert rows and all("error" not in row and not row.get("failed") for row in rows)
     # What travels between processes is JSON.
     assert len(columns(part.lines(json.loads(json.dumps(rows)))).splitlines()) > 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes where Linux lists them")
+def test_who_is_told_to_end_leaves_nobody_behind(tmp_path: Path) -> None:
+    def workers(parent: int) -> list[int]:
+        found = []
+        for each in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                state, of, *_ = each.read_text().rpartition(")")[2].split()
+                found += [int(each.parent.name)] * (int(of) == parent and state != "Z")
+        return found
+
+    def until(condition, seconds: float = 60.0) -> bool:
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.1)
+        return bool(condition())
+
+    script = Path(device.__file__)
+    running = subprocess.Popen([sys.executable, str(script), "--dry-run", "--only", "linear", "--out", str(tmp_path)])
+    assert until(lambda: workers(running.pid)), "a worker starts"
+    (worker,) = workers(running.pid)
+    running.terminate()
+    assert running.wait(30) == 143
+    assert until(lambda: not Path(f"/proc/{worker}").exists(), 10), "and ends"
 
 
 def test_turns_say_who_ended_early(tmp_path: Path) -> None:
