@@ -26,7 +26,7 @@ from device_ceilings import CEILINGS
 from device_correct import CORRECT
 from device_kernels import KERNELS
 from device_layers import E2E, LINEAR, TRAIN
-from device_run import Part, Row, Settings, columns, run_part, serve, unpack_wheel
+from device_run import Part, Row, Settings, columns, end, run_part, serve, unpack_wheel
 from device_turns import TURNS
 
 PARTS: dict[str, Part] = {part.name: part for part in (CORRECT, CEILINGS, KERNELS, LINEAR, E2E, TURNS, TRAIN)}
@@ -117,6 +117,5 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Row]]:
 
 
 if __name__ == "__main__":
-    # As after Ctrl-C: workers are ended too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, end)
     main()
