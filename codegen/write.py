@@ -76,7 +76,7 @@ def _add_rounded(
     before = "grid" if on_grid else "scaled"
     late = twin and quant.packed and not on_grid
     comment = "# A block that is not finite has codes 0; its scale says so."
-    if not late and not (view.output.decoded and quant.pow2):
+    if not late and not (view.output.decoded and quant.pow2 and folds(quant)):
         # What is multiplied with a scale that is NaN needs no care.
         function.add(comment, f"{before} = tl.where({valid}, {before}, 0.0)")
     if not on_grid:
