@@ -35,8 +35,8 @@ RULES = (
     BF16 + f"{NVFP4}:sr8|1, {NVFP4}:sr8|0', e3m2:1x32:e8m0:up:sr8|1~, int8:row:sr8|0'",
     BF16 + f"{NVFP4}|1~, e2m1:1x32:e8m0:quest|0~', int8:row|0~, e4m3:1x128|1~",
     BF16 + f"e2m1:1x32:e8m0:quest|1~{CARRIER}, e2m1:1x32:e8m0:up|0~{CARRIER}', e3m2:1x32:e8m0:matched:sr|1~{CARRIER}",
-    BF16
-    + f"e2m1:1x32:e8m0:quest|1~{CARRIER}, e2m1:1x32:e8m0:quest|1, e2m1:1x32:e8m0:up|0', e2m1:1x32:e8m0:up|0~', int12:1x32:up|0~",
+    BF16 + f"e2m1:1x32:e8m0:quest|1~{CARRIER}, e2m1:1x32:e8m0:quest|1, e2m1:1x32:e8m0:up|0', e2m1:1x32:e8m0:up|0~'",
+    BF16 + "int12:1x32:up|0~, int12:1x32:up|1~",
 )
 PROLOGUES = (
     # SwiGLU as PyTorch takes it apart.
