@@ -84,7 +84,8 @@ class Part:
 
     fresh: each case in a process and with caches of its own, so that compilation is cold and memory its own.
     limit: seconds that one case may take. jobs: workers at a time. warm: so many workers at a time first run every case with
-    `warm` set, which compiles what it needs into the caches and measures nothing.
+    `warm` set, which compiles what it needs into the caches and measures nothing. inside: no worker, because a case has
+    processes of its own, keeps to the budget itself and loses no row.
     """
 
     name: str
@@ -95,14 +96,15 @@ class Part:
     limit: float = 180.0
     jobs: int = 1
     warm: int = 0
+    inside: bool = False
 
 
-_RUNNING: set[subprocess.Popen[bytes]] = set()
+RUNNING: set[subprocess.Popen[Any]] = set()
 
 
 def end(*_: object) -> None:
     """Ends this process and its workers, on a signal: nobody stays behind on the device."""
-    for process in tuple(_RUNNING):
+    for process in tuple(RUNNING):
         process.kill()
     # Threads that watch workers would start new ones.
     os._exit(143)
@@ -120,7 +122,10 @@ def run_part(part: Part, settings: Settings, script: Path) -> list[Row]:
     if part.warm and not settings.dry and os.environ.get("LPCOMPILE_AUTOTUNE") != "0":
         half = time.monotonic() + settings.budget / 2
         _spread(part, settings, [{**case, "warm": True} for case in cases], part.warm, (folder / "warm", half, script))
-    rows = _spread(part, settings, cases, 1 if settings.dry else part.jobs, (folder, deadline, script))
+    if part.inside:
+        rows = [{**case, **part.run(case, settings, [])} for case in cases]
+    else:
+        rows = _spread(part, settings, cases, 1 if settings.dry else part.jobs, (folder, deadline, script))
     (folder / "rows.json").write_text(json.dumps(rows, indent=1))
     return rows
 
@@ -169,9 +174,9 @@ def _worker(
             environment |= {key: str(Path(caches) / name) for key, name in names.items()}
         command = [sys.executable, str(script), "--worker", part.name, str(order), str(answers)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        _RUNNING.add(process)
+        RUNNING.add(process)
         died = _watch(process, answers, part, deadline)
-        _RUNNING.discard(process)
+        RUNNING.discard(process)
     # A line that was cut short belongs to the case that failed.
     rows = [json.loads(line) for line in answers.read_text().split("\n")[:-1]]
     if died is None:

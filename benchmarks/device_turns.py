@@ -6,11 +6,15 @@ rounds long, so that clocks, which sink under load, sink for all of them alike. 
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +22,11 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
 from device_layers import compile_time, llama_step, step_times
-from device_run import BASELINE, Case, Part, Row, Settings, contenders, peak_memory, prepare
+from device_run import BASELINE, RUNNING, Case, Part, Row, Settings, contenders, peak_memory, prepare
 
 HEAD = " + head"  # ends the name of a contender that converts the output head too
 _ROUNDS, _STEPS = 3, 7
-_COMPILING = 0.6  # of the time of the part, after which nobody starts any more
+_START, _COMPILED = 0.6, 0.8  # of the time of the part: nobody starts later; who has not made a step by then is left out
 
 
 def _cases(settings: Settings) -> list[Case]:
@@ -33,7 +37,7 @@ def _cases(settings: Settings) -> list[Case]:
 
 
 class _Contender:
-    """A process that makes steps when it is told to."""
+    """A process that makes steps when it is told to. Raises RuntimeError where it ends early, or says nothing in time."""
 
     def __init__(self, name: str, settings: Settings) -> None:
         self.name = name
@@ -41,58 +45,79 @@ class _Contender:
         with self.log.open("w") as log:
             command = [sys.executable, __file__, name, settings.text()]
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
-        self.compile_s = float(self._answer()["compile_s"])
+        RUNNING.add(self.process)
         self.times: list[float] = []
-        self.peak_gib = self.loss = 0.0
+        self.compile_s = self.peak_gib = self.loss = 0.0
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self, deadline: float) -> dict[str, Any]:
         assert self.process.stdout is not None
+        late = threading.Timer(max(deadline - time.monotonic(), 0.0), self.process.kill)
+        late.start()
         # Libraries may print too.
         line = next((each for each in self.process.stdout if each.startswith("{")), None)
+        late.cancel()
         if line is None:
             tail = self.log.read_text(errors="replace").strip()[-300:]
-            raise RuntimeError(f"{self.name} ended early: {tail}")
+            raise RuntimeError("out of time" if time.monotonic() > deadline else f"{self.name} ended early: {tail}")
         found: dict[str, Any] = json.loads(line)
         return found
 
-    def steps(self, count: int) -> None:
+    def compiled(self, deadline: float) -> None:
+        """Waits until the first steps are made."""
+        self.compile_s = float(self._answer(deadline)["compile_s"])
+        print(f"  turns: {self.name} compiled in {self.compile_s:.0f} s", flush=True)
+
+    def steps(self, count: int, deadline: float) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(f"{count}\n")
-        self.process.stdin.flush()
-        told = self._answer()
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer either
+            self.process.stdin.write(f"{count}\n")
+            self.process.stdin.flush()
+        told = self._answer(deadline)
         self.times += told["times"]
         self.peak_gib, self.loss = told["peak_gib"], told["loss"]
+        print(f"  turns: {self.name} {statistics.median(told['times']):.1f} ms", flush=True)
 
     def end(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.communicate()
+        RUNNING.discard(self.process)
+
+    @property
+    def row(self) -> Row:
+        ms = statistics.median(self.times)
+        found: Row = {"name": self.name, "ms": ms, "peak_gib": self.peak_gib, "compile_s": self.compile_s, "loss": self.loss}
+        return found | {"times": self.times}
 
 
 def _run(case: Case, settings: Settings, _before: list[Row]) -> Row:
+    started = time.monotonic()
     running: list[_Contender] = []
     failed: dict[str, str] = {}
-    latest = time.monotonic() + _COMPILING * settings.budget
+
+    def attempt(each: _Contender, what: Callable[[], None]) -> None:
+        """Who fails is left out from then on; what it measured before counts."""
+        try:
+            what()
+        except RuntimeError as error:
+            failed[each.name] = str(error)
+            each.end()
+
     try:
         for name in case["contenders"]:
-            if time.monotonic() > latest:
+            if time.monotonic() > started + _START * settings.budget:
                 failed[name] = "not reached in time"
                 continue
-            try:
-                running.append(_Contender(name, settings))
-            except RuntimeError as error:
-                failed[name] = str(error)
+            running.append(_Contender(name, settings))
+            attempt(running[-1], functools.partial(running[-1].compiled, started + _COMPILED * settings.budget))
         for _ in range(1 if settings.dry else _ROUNDS):
             for each in running:
-                each.steps(2 if settings.dry else _STEPS)
+                if each.name not in failed:
+                    attempt(each, functools.partial(each.steps, 2 if settings.dry else _STEPS, started + settings.budget))
     finally:
         for each in running:
             each.end()
-    found = [
-        {"name": each.name, "ms": statistics.median(each.times), "peak_gib": each.peak_gib, "compile_s": each.compile_s}
-        | {"loss": each.loss, "times": each.times}
-        for each in running
-    ]
-    return {"rows": found, "failed": failed}
+    return {"rows": [each.row for each in running if each.times], "failed": failed}
 
 
 def _lines(rows: list[Row]) -> list[tuple[str, ...]]:
@@ -107,7 +132,7 @@ def _lines(rows: list[Row]) -> list[tuple[str, ...]]:
     return lines
 
 
-TURNS = Part("turns", _cases, _run, _lines, limit=505)
+TURNS = Part("turns", _cases, _run, _lines, inside=True)
 
 
 def _serve(name: str, settings: Settings) -> None:

@@ -221,7 +221,8 @@ class Report:
             lines.append(f"{line}, {bytes_text(saved.other)} of everything else")
         if self.launches:
             lines.append(kernel_table.total(self.launches, self.target))
-            lines += filter(None, [kernel_table.host_bound(self.launches, self.target)])
+            graphs = any(trace.plan.options.inductor.get("triton.cudagraphs") for trace in self.traces)
+            lines += filter(None, [None if graphs else kernel_table.host_bound(self.launches, self.target)])
         return lines
 
     def print(self, console: Console | None = None, *, compact: bool = True, kernels: bool = False) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +11,8 @@ from pathlib import Path
 
 import device
 import device_correct
+import device_run
+import device_turns
 import pytest
 import torch
 from device_run import Part, Settings, columns, compiled, in_turns, milliseconds, run_part
@@ -34,29 +36,55 @@ def test_a_part_in_tiny_sizes(name: str, tmp_path: Path) -> None:
     assert len(columns(part.lines(json.loads(json.dumps(rows)))).splitlines()) > 1
 
 
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes where Linux lists them")
-def test_who_is_told_to_end_leaves_nobody_behind(tmp_path: Path) -> None:
-    def workers(parent: int) -> list[int]:
-        found = []
-        for each in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):  # it ended meanwhile
-                state, of, *_ = each.read_text().rpartition(")")[2].split()
-                found += [int(each.parent.name)] * (int(of) == parent and state != "Z")
-        return found
+def test_who_is_told_to_end_leaves_nobody_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(device_run, "RUNNING", {sleeper})
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    device_run.end()
+    assert sleeper.wait(10) != 0 and statuses == [143]
 
-    def until(condition, seconds: float = 60.0) -> bool:
-        end = time.monotonic() + seconds
-        while not condition() and time.monotonic() < end:
-            time.sleep(0.1)
-        return bool(condition())
+    def watched(process, *_) -> str:
+        assert process in device_run.RUNNING, "a worker is known while it works"
+        process.kill()
+        process.wait()
+        return "seen"
 
-    script = Path(device.__file__)
-    running = subprocess.Popen([sys.executable, str(script), "--dry-run", "--only", "linear", "--out", str(tmp_path)])
-    assert until(lambda: workers(running.pid)), "a worker starts"
-    (worker,) = workers(running.pid)
+    monkeypatch.setattr(device_run, "_watch", watched)
+    rows = run_part(Part("toy", lambda _: [{"name": "a"}], None, None), settings(tmp_path), Path("none"))
+    assert rows == [{"name": "a", "error": "seen"}] and sleeper in device_run.RUNNING and len(device_run.RUNNING) == 1
+
+
+def test_the_script_hears_that_it_should_end(tmp_path: Path) -> None:
+    running = subprocess.Popen(
+        [sys.executable, str(Path(device.__file__)), "--dry-run", "--only", "linear", "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+    )
+    end = time.monotonic() + 60
+    while not (tmp_path / "linear").exists() and time.monotonic() < end:
+        time.sleep(0.1)
     running.terminate()
     assert running.wait(30) == 143
-    assert until(lambda: not Path(f"/proc/{worker}").exists(), 2), "and ends, though it has hardly begun"
+
+
+def test_turns_go_on_without_who_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """One that dies between its steps keeps what it measured; one that never answers is ended at the deadline."""
+    made = "import json, sys; print('noise'); print(json.dumps({'compile_s': 1.0}), flush=True)\n"
+    answer = "print(json.dumps({'times': [2.0], 'peak_gib': 1.0, 'loss': 3.0}), flush=True)"
+    scripts = {
+        "good": f"{made}for line in sys.stdin: {answer}",
+        "dies": f"{made}sys.stdin.readline(); {answer}; sys.exit('worn out')",
+        "mute": "import time; time.sleep(60)",
+    }
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        device_turns.subprocess, "Popen", lambda command, **how: real([sys.executable, "-c", scripts[command[2]]], **how)
+    )
+    how = Settings(str(tmp_path), ("fp8-rowwise",), (64,), budget=10.0)
+    row = device_turns._run({"name": "turns", "contenders": ["good", "dies", "mute"]}, how, [])
+    assert {each["name"]: len(each["times"]) for each in row["rows"]} == {"good": 3, "dies": 1}
+    assert "worn out" in row["failed"]["dies"] and "out of time" in row["failed"]["mute"]
+    assert "good compiled in 1 s" in capsys.readouterr().out and set() == device_run.RUNNING
 
 
 def test_turns_say_who_ended_early(tmp_path: Path) -> None:

@@ -92,6 +92,9 @@ def test_kernels_are_in_the_json_and_in_the_totals(report: lp.Report) -> None:
     long = [replace(each, time=2 * kernel_table.HOST) for each in report.launches]
     assert kernel_table.host_bound(long, "sm_90") is None and kernel_table.host_bound(report.launches, "cpu") is None
     assert kernel_table.host_bound([], "sm_90") is None
+    model, x = build()
+    graphs = lp.explain(model, recipe="fp8-rowwise", target="sm_90", always=True, inductor={"triton.cudagraphs": True})(x)
+    assert graphs.launches and not any(line.startswith("short kernels") for line in graphs.totals())
     line = kernel_table.total(report.launches, "sm_90")
     assert line in report.totals() and line in report.text(300) and "kernels on sm_90:" in line
     assert "moved (x least)" not in report.text(300) and "moved (x least)" in report.text(300, kernels=True)
