@@ -215,7 +215,10 @@ def _quantising(
         count = reads - 1 if found and twice else reads
         read, launches = count * first, count
         for pair in {output.cast.rotations for output in direct}:
-            turned += 2 * elements * sum(turn.block for turn in pair if turn is not None) * reads
+            # A pass for peaks turns what they are of; a carrier's are of the matrix as it is.
+            own = [output for output in direct if output.cast.rotations == pair]
+            times = reads if any(_spans(output) and output.carrier is None for output in own) else 1
+            turned += 2 * elements * sum(turn.block for turn in pair if turn is not None) * times
     for pair in turns:
         passes = _passes(pair)
         # The codes are made of what the last pass wrote, and so is the amax, unless that pass finds it.

@@ -243,6 +243,8 @@ def test_what_carriers_cost() -> None:
     found = cost(f"cast x0:bf16 = x0 as bf16 -> e2m1:1x32:e8m0:quest|1|1:h32~{carrying(32)}", rows, cols)
     assert (found.read, found.written) == (2 * 2 * rows * cols, rows * cols + 4 * rows)
     assert (found.launches, found.share) == (2, CARRIED)
+    assert found.turned == 2 * 32 * rows * cols, "the pass for peaks turns nothing"
+    assert cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h32", rows, cols).turned == 2 * 2 * 32 * rows * cols
     again = cost(f"requant e2m1:1x32:e8m0:up|0 as bf16 -> {CARRIER}|0'", rows, cols)
     assert (again.read, again.written) == (2 * (1 / 2 + 1 / 32) * rows * cols, rows * cols + 4 * cols)
     assert again.share == AGAIN < CARRIED
