@@ -1,4 +1,10 @@
-"""Division by a scale that serves many numbers. A true division costs a dozen instructions a number, this four."""
+"""Divisions without the instruction sequence of a true one: a dozen instructions, and a call that ties registers down."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
 
 assert __name__ == "lpcompile.codegen.division", "import it as lpcompile.codegen, not as codegen"
 
@@ -23,3 +29,45 @@ def divide(x, scale):
     # The remainder is taken negative: that of -0 leaves its sign alone.
     return tl.fma(tl.fma(scale, quotient, negative), reciprocal, quotient)
 '''
+
+BOUNDED_INTERPRETED = '''
+def bounded_reciprocal(x):
+    """1 / x, at most the largest number."""
+    inverse = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
+    return tl.where(inverse < 3.4028234663852886e+38, inverse, 3.4028234663852886e+38)
+'''
+# Calls inverse_power_of_two.
+BOUNDED_COMPILED = '''
+def bounded_reciprocal(x):
+    """1 / x for x >= 0 that are not huge, correctly rounded, at most the largest number."""
+    unit = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 0x00800000).to(tl.float32, bitcast=True)
+    per_unit = inverse_power_of_two(unit)
+    mantissa = x * per_unit
+    near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [mantissa], tl.float32, True, 1)
+    # That of 0 is no number here, and the smaller of it and a number is the number.
+    return tl.minimum(tl.fma(tl.fma(-mantissa, near, 1.0), near, near) * per_unit, 3.4028234663852886e+38)
+'''
+
+
+def inverse(divisor: float) -> float:
+    """1 / divisor in FP32."""
+    return float(1.0 / torch.tensor(divisor, dtype=torch.float32))
+
+
+@functools.cache
+def mends(divisor: float, dtype: torch.dtype) -> bool:
+    """True where for each positive number a of a 16-bit dtype q + (a - divisor q) r, of two rounded operations with
+    q = a r rounded and r = `inverse(divisor)`, is a / divisor, correctly rounded."""
+    if dtype.itemsize != 2:
+        return False
+    numbers = torch.arange(1, 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite()].float()
+    narrow = torch.tensor(divisor, dtype=torch.float32)
+    quotient = numbers * inverse(divisor)
+    # Both have fewer than 53 bits.
+    rest = (numbers.double() - narrow.double() * quotient.double()).float()
+    wanted = numbers / narrow
+    # What the last addition rounds lies closer to the quotient than half a step to the next number below.
+    step = (wanted - wanted.nextafter(torch.zeros(()))).double()
+    off = (quotient.double() - wanted.double()) + rest.double() * inverse(divisor)
+    return bool((off.abs() < step * (0.5 - 2.0**-20)).all())

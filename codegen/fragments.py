@@ -125,8 +125,9 @@ def checked_scale(scale, peak_bits):
             lines[1] = lines[1].replace("(e - 0)", "e")
         return self.numbered(f"power_of_two_{name}", "\n".join(lines))
 
-    def peak_scale(self, quant: Quant) -> str:
-        """A function from the bits of amax to the block's scale, for one-level rules that know no more than amax."""
+    def peak_scale(self, quant: Quant, dtype: torch.dtype) -> str:
+        """A function from the bits of amax, a number of the dtype, to the block's scale, for one-level rules that know no
+        more than amax."""
         self.checked_scale()
         if quant.rule in (Rule.FLOOR, Rule.MATCHED):
             assert isinstance(quant.elem, Float)
@@ -134,7 +135,7 @@ def checked_scale(scale, peak_bits):
         elif quant.rule is Rule.UP:
             value = f"{self._power_of_two_above(quant.target)}(peak_bits)"
         else:
-            value = f"tl.div_rn(peak, {quant.target!r})"
+            value = self._over(quant.target, dtype)
             value = f"{self.power_of_two(quant.rule)}({value})" if quant.pow2 else value
         zero = " * (peak_bits > 0)" if quant.pow2 else ""
         peak = "" if quant.rule is Rule.UP else "    peak = peak_bits.to(tl.float32, bitcast=True)\n"
@@ -144,6 +145,22 @@ def block_scale(peak_bits):
 {peak}    return checked_scale({value}{zero}, peak_bits)
 '''
         return self.numbered("block_scale", text)
+
+    def _over(self, divisor: float, dtype: torch.dtype) -> str:
+        """The quotient of `peak`, a number of the dtype, and a constant, correctly rounded."""
+        if self.interpreted or not division.mends(divisor, dtype):
+            return f"tl.div_rn(peak, {divisor!r})"
+        inverse = division.inverse(divisor)
+        name = self.numbered(
+            "over",
+            f'''
+def over(peak):
+    """peak / {divisor!r}, correctly rounded where peak has 16 bits: the quotient by the reciprocal, mended by its remainder."""
+    quotient = peak * {inverse!r}
+    return tl.fma(tl.fma(quotient, {-divisor!r}, peak), {inverse!r}, quotient)
+''',
+        )
+        return f"{name}(peak)"
 
     def _power_of_two_above(self, top: float) -> str:
         """A function from the bits of amax to the power of two at or above amax / top, which needs no division."""
@@ -208,6 +225,13 @@ def e8m0(scale):
             return self.add("divide", division.INTERPRETED)
         self.inverse_power_of_two()
         return self.add("divide", division.COMPILED)
+
+    def bounded_reciprocal(self) -> str:
+        """A function x -> 1 / x, correctly rounded, at most the largest number."""
+        if self.interpreted:
+            return self.add("bounded_reciprocal", division.BOUNDED_INTERPRETED)
+        self.inverse_power_of_two()
+        return self.add("bounded_reciprocal", division.BOUNDED_COMPILED)
 
     # ---- codes ---------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,8 @@ Each adds lines that define `scale` (FP32, one a block, as it is stored), and ei
 
 from __future__ import annotations
 
+import torch
+
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import stream_key, uniform
@@ -18,15 +20,16 @@ assert __name__ == "lpcompile.codegen.rules", "import it as lpcompile.codegen, n
 _FLT_MAX = "3.4028234663852886e+38"
 
 
-def add_scale(view: View, fragments: Fragments, function: Function) -> str:
-    """Adds the lines of a view's rule. `x`: the tile in FP32, its blocks apart; `noise` where rounding is stochastic."""
+def add_scale(view: View, dtype: torch.dtype, fragments: Fragments, function: Function) -> str:
+    """Adds the lines of a view's rule. `x`: the tile, numbers of `dtype` in FP32, its blocks apart; `noise` where rounding is
+    stochastic."""
     quant = view.quant
     _add_peaks(view, fragments, function)
     if quant.rule is Rule.EDEN:
         return _eden(view, fragments, function)
     if quant.outer is not None:
         return _two_level(view, fragments, function)
-    return _one_level(view, fragments, function)
+    return _one_level(view, dtype, fragments, function)
 
 
 def _add_peaks(view: View, fragments: Fragments, function: Function) -> None:
@@ -54,12 +57,12 @@ def load_peaks(view: View, block: tuple[int, int], fragments: Fragments, functio
 # ---- one level ---------------------------------------------------------------------------------------------------
 
 
-def _one_level(view: View, fragments: Fragments, function: Function) -> str:
+def _one_level(view: View, dtype: torch.dtype, fragments: Fragments, function: Function) -> str:
     quant = view.quant
     if quant.masked:
         _quest(view, fragments, function)
     else:
-        function.add(f"scale = {fragments.peak_scale(quant)}(peak_bits)")
+        function.add(f"scale = {fragments.peak_scale(quant, dtype)}(peak_bits)")
     # The reference multiplies first: the product may round.
     values = f"x * {quant.constant!r}" if quant.constant != 1.0 else "x"
     if quant.pow2:
@@ -130,8 +133,7 @@ def two_level_scale(peak_bits, encode, TOP: tl.constexpr, PER_TOP: tl.constexpr)
     """(block scale, factor of the values): amax goes to TOP; the order of operations is TransformerEngine's."""
     raw = peak_bits.to(tl.float32, bitcast=True) * (encode * PER_TOP)
     scale = {grid}(tl.where(raw > 448.0, 448.0, raw))
-    inverse = reciprocal(scale * reciprocal(encode))
-    return scale, tl.where(inverse > {_FLT_MAX}, {_FLT_MAX}, inverse)
+    return scale, {fragments.bounded_reciprocal()}(scale * reciprocal(encode))
 ''',
     )
 
@@ -188,7 +190,7 @@ def _eden(view: View, fragments: Fragments, function: Function) -> str:
     function.add(
         f"outer = tl.div_rn(tensor_bits.to(tl.float32, bitcast=True), {256.0 * reach!r})",
         'outer = tl.where(tensor_bits < 0x7F800000, tl.where(outer > 0, outer, 1.0), float("nan"))',
-        f"scale = {round_scale}(tl.div_rn(peak_bits.to(tl.float32, bitcast=True), outer * {reach!r}))",
+        f"scale = {round_scale}({fragments.divide()}(peak_bits.to(tl.float32, bitcast=True), outer * {reach!r}))",
         "scale = tl.where(scale == 0, 1.0, scale)",
         f"scaled = {fragments.divide()}(x, scale * outer)",
         f"grid = {fragments.grid(E2M1, Rounding.RTNE)}(scaled)",

@@ -37,9 +37,9 @@ def emit_write(view: View, dtype: torch.dtype, fragments: Fragments, twin: bool 
     noise = ", noise" if rounding.stochastic else ""
     name = "value" if view.output.decoded else "code"
     made = fragments.grid(quant.elem, rounding) if view.output.decoded else _encoded(quant, rounding, dtype, fragments)
-    _add_rounded(view, fragments, function, name, lambda scaled: f"{made}({scaled}{noise})", twin)
+    _add_rounded(view, dtype, fragments, function, name, lambda scaled: f"{made}({scaled}{noise})", twin)
     if view.output.carrier is not None:
-        _carry(view.output.carrier, view, fragments, function)
+        _carry(view.output.carrier, view, dtype, fragments, function)
     elif view.output.decoded:
         _store_values(view, fragments, function)
     else:
@@ -65,11 +65,17 @@ def _encoded(quant: Quant, rounding: Rounding, dtype: torch.dtype, fragments: Fr
 
 
 def _add_rounded(
-    view: View, fragments: Fragments, function: Function, name: str, rounded: Callable[[str], str], twin: bool
+    view: View,
+    dtype: torch.dtype,
+    fragments: Fragments,
+    function: Function,
+    name: str,
+    rounded: Callable[[str], str],
+    twin: bool,
 ) -> None:
     """Adds `scale`, `name`, which is what is rounded, and the mask."""
     quant = view.quant
-    valid = add_scale(view, fragments, function)
+    valid = add_scale(view, dtype, fragments, function)
     if "mask" in view.output.parts:
         function.add(f"kept = (tl.abs(scaled) < {quant.target!r}) & ({valid})")
     on_grid = quant.rule in (Rule.FOUR_SIX, Rule.EDEN)
@@ -122,11 +128,11 @@ def _store_values(view: View, fragments: Fragments, function: Function) -> None:
     function.add(_store(view, fragments, f"values, {view.blocks.together(values)}, row0, col0", view.extents))
 
 
-def _carry(carrier: Quant, view: View, fragments: Fragments, function: Function) -> None:
+def _carry(carrier: Quant, view: View, dtype: torch.dtype, fragments: Fragments, function: Function) -> None:
     """Adds what stores values as codes of the carrier, and its scales, which the peaks of the matrix as it is read give."""
     block = view.scale_block
     function.add(
-        f"carriers = {fragments.peak_scale(carrier)}({load_peaks(view, block, fragments, function)})",
+        f"carriers = {fragments.peak_scale(carrier, dtype)}({load_peaks(view, block, fragments, function)})",
         f"carrier = {view.blocks.spread('carriers', block)}",
         f"carried = value * (scale * {fragments.inverse_power_of_two()}(carrier))",
         "carried = tl.where(carrier == carrier, carried, 0.0)",
