@@ -78,12 +78,19 @@ GEMMS = {
     "mxfp4 undone": Gemm("e2m1:1x32:e8m0:matched|1", "e2m1:1x32:e8m0:matched|1", _MX4, " * mask * 1:h32"),
     "nvfp4": Gemm("e2m1:1x16:e4m3+f32|1", "e2m1:1x16:e4m3+f32|1", dict.fromkeys(_BLACKWELL, "nvfp4")),
 }
+ROWS_BOTH, BLOCKS_BOTH = "e4m3:row:up|0', e4m3:row:up|1", "e4m3:1x128|0', e4m3:1x128|1"
+SWIGLU_GRADIENTS = (
+    "cast x0:bf16 x1:bf16 x2:bf16 = mul(x1, bf16(silu(x0))); "
+    "mul(mul(bf16(mul(x1, x2)), sigmoid(x0)), add(mul(x0, sub(1.0, sigmoid(x0))), 1.0)) as bf16"
+)
 CASTS = {
     "fp8 tensor": "cast x0:bf16 = x0 as bf16 -> e5m2:tensor|1, e5m2:tensor|1'",
     "fp8 row": "cast x0:bf16 = x0 as bf16 -> e4m3:row:up|1, e4m3:row:up|0'",
     "deepseek": "cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1, e4m3:1x128|0'",
     "deepseek W": "cast x0:bf16 = x0 as bf16 -> e4m3:128x128|1, e4m3:128x128|1'",
     "swiglu": "cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> keep, e4m3:1x128|1",
+    "swiglu dX": f"{SWIGLU_GRADIENTS} -> {'; '.join(2 * [ROWS_BOTH])}",
+    "swiglu dX blocks": f"{SWIGLU_GRADIENTS} -> {'; '.join(2 * [BLOCKS_BOTH])}",
     "norm": "cast x0:bf16 x1:f32[r] x2:bf16[c] = mul(bf16(mul(x0, x1)), x2) as bf16 -> e4m3:1x32:e8m0:up|1",
     "int8": "cast x0:bf16 = x0 as bf16 -> int8:row|1",
     "int8 turned": "cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h256",

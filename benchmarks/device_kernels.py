@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from cross_compile import ROWS_BOTH, SWIGLU_GRADIENTS
 from device_ceilings import copy_rate, vendor
 from device_run import Case, Part, Row, Settings, milliseconds
 
@@ -37,6 +38,7 @@ CASTS = {
     "1x128 both h32": ROWS + "e4m3:1x128|1, e4m3:1x128|0|0:h32fixed'",
     "int8 tensor h4096": ROWS + "int8:tensor|1|1:h4096",
     "swiglu 1x128 both": "cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> e4m3:1x128|1, e4m3:1x128|0'",
+    "swiglu dX row both": f"{SWIGLU_GRADIENTS} -> {ROWS_BOTH}; {ROWS_BOTH}",
     "decode nvfp4": "decode e2m1:1x16:e4m3+f32|1",
 }
 CAST_SHAPES: tuple[tuple[int, ...], ...] = ((16384, 4096), (16384, 14336))

@@ -106,6 +106,8 @@ class _Emitter:
                 tile = self.tile if whole else self.tile[::-1]
                 (direct if whole else across).append(View.of(index, output, tile, self.extents))
                 continue
+            if output.of:
+                raise KernelError(f"{self.kernel}: only the first prologue is turned in memory")
             # Signs that are drawn may differ from output to output.
             drawn = any(each is not None and each.signs is Signs.DRAWN for each in rotations)
             turned.setdefault((rotations, index if drawn else None), []).append((index, output))

@@ -122,7 +122,8 @@ def exact(kernel: Kernel) -> bool:
         return True
     if isinstance(kernel, GemmKernel):
         return False
-    if isinstance(kernel, CastKernel) and any(isinstance(n, Call) and n.op not in _EXACT for n in nodes(kernel.prologue)):
+    computed = kernel.prologues if isinstance(kernel, CastKernel) else ()
+    if any(isinstance(node, Call) and node.op not in _EXACT for each in computed for node in nodes(each)):
         return False
     return not any(cast.turns or cast.quant.rule in _SUMMED for cast in kernel.casts)
 

@@ -32,7 +32,7 @@ class Peaks:
     @property
     def mirrored(self) -> bool:
         """True where they are found in the tile as it was read, for an output that is transposed."""
-        return self.view.output.transposed and self.tile_name == "x"
+        return self.view.output.transposed and self.tile_name == self.view.base
 
     @property
     def walked(self) -> bool:
@@ -91,7 +91,8 @@ class Group:
 
     def _twin(self, view: View) -> bool:
         """True for codes whose values another output is."""
-        same = (each.output for each in self.views if mirrored_cast(each.output) == mirrored_cast(view.output))
+        beside = (each for each in self.views if each.base == view.base)
+        same = (each.output for each in beside if mirrored_cast(each.output) == mirrored_cast(view.output))
         return not view.output.decoded and any(output.decoded and output.cast.quant.pow2 for output in same)
 
     @property
@@ -130,7 +131,7 @@ class Group:
             as_read = view.rotations == (None, None) or view.output.carrier is not None
             mirrored = view.output.transposed and as_read
             block = view.peak_block[::-1] if mirrored else view.peak_block
-            name = "x" if as_read else view.tile_name
+            name = view.base if as_read else view.tile_name
             key = name, block
             if key not in found:
                 extents = view.extents[::-1] if mirrored else view.extents
@@ -161,21 +162,20 @@ class Group:
 
     def _loaded(self, source: Origin, place: str = "row0, col0") -> str:
         tensors = [each.name for each in source.tensors if each.name in source.function.arguments]
-        return f"x = {source.function.name}({', '.join([place, *tensors, *self.sizes])})"
+        return f"{', '.join(source.tiles)} = {source.function.name}({', '.join([place, *tensors, *self.sizes])})"
 
     def _tile_of(self, view: View, name: str, function: Function, made: set[str]) -> None:
         """Adds what makes the tile called `name`, once."""
-        if name in made or name == "x":
+        if name in made or name == view.base:
             return
-        if name != "xt" and view.output.transposed:
-            self._tile_of(view, "xt", function, made)
+        if name != view.upright and view.output.transposed:
+            self._tile_of(view, view.upright, function, made)
         made.add(name)
-        if name == "xt":
-            function.add("xt = tl.trans(x)")
+        if name == view.upright:
+            function.add(f"{name} = tl.trans({view.base})")
             return
         arguments = [function.take(self._passed(each, view)) for each in self.turns[view.index][1]]
-        source = "xt" if view.output.transposed else "x"
-        function.add(f"{name} = turn_{view.index}({', '.join([source, *arguments])})")
+        function.add(f"{name} = turn_{view.index}({', '.join([view.upright, *arguments])})")
 
     def _amax_kernel(self) -> Function:
         """A program walks down a strip of tiles: peaks of columns stay in registers."""

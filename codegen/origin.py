@@ -10,7 +10,7 @@ import torch
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
-from lpcompile.codegen.views import Blocks, origin, stored
+from lpcompile.codegen.views import TILES, Blocks, origin, stored
 from lpcompile.errors import KernelError
 from lpcompile.expr import Call, Expr, Load, Number, nodes
 from lpcompile.formats import E8M0, Int
@@ -27,6 +27,7 @@ class Origin:
     function: Function
     tensors: tuple[Read, ...]
     dtype: torch.dtype  # of the tile
+    tiles: tuple[str, ...] = TILES[:1]  # what kernels call the results
 
 
 @dataclass(frozen=True)
@@ -116,26 +117,30 @@ def _prologue(kernel: CastKernel, place: _Place, name: str) -> Origin:
         shape = {"": (rows, cols), "r": (rows,), "c": (cols,)}[each.vector]
         tensors.append(Read(variable, each.dtype, each.dtype, shape))
         loads.append(place.vector(variable, "rc".index(each.vector)) if each.vector else place.load(variable))
-    function = Function(name, f"The tile at (row0, col0) of {kernel.prologue}.", ("row0", "col0"))
+    made = "; ".join(map(str, kernel.prologues))
+    function = Function(name, f"The tile at (row0, col0) of {made}.", ("row0", "col0"))
     function.take(*(each.name for each in tensors))
     if kernel.plain:
         function.doc = "The tile at (row0, col0) of what is quantised."
         function.add(f"return {loads[0]}")
         return Origin(function, tuple(tensors), dtype)
     function.add(*(f"x{index} = {load}.to(tl.float32)" for index, load in enumerate(loads)))
-    value = _expression(kernel.prologue, place.fragments, function)
-    function.add(f"x = {place.fragments.rounded(value, kernel.dtype)}", *place.zeroed("x", function), "return x")
-    return Origin(function, tuple(tensors), dtype)
+    values = _expressions(kernel.prologues, place.fragments, function)
+    tiles = TILES[: len(values)]
+    for tile, value in zip(tiles, values, strict=True):
+        function.add(f"{tile} = {place.fragments.rounded(value, kernel.dtype)}", *place.zeroed(tile, function))
+    function.add(f"return {', '.join(tiles)}")
+    return Origin(function, tuple(tensors), dtype, tiles)
 
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*"}
 
 
-def _expression(expr: Expr, fragments: Fragments, function: Function) -> str:
-    """Adds one line a node, in the reference's order; returns the variable of the result."""
+def _expressions(exprs: tuple[Expr, ...], fragments: Fragments, function: Function) -> list[str]:
+    """Adds one line a node, in the reference's order; returns the variables of the results."""
     names: dict[Expr, str] = {}
-    expr = _with_logistics(expr)
-    for node in nodes(expr):
+    exprs = tuple(map(_with_logistics, exprs))
+    for node in dict.fromkeys(node for expr in exprs for node in nodes(expr)):
         if isinstance(node, Load):
             names[node] = f"x{node.index}"
         elif isinstance(node, Number):
@@ -144,7 +149,7 @@ def _expression(expr: Expr, fragments: Fragments, function: Function) -> str:
             name = f"t{sum(isinstance(each, Call) for each in names)}"
             function.add(f"{name} = {_call(node, [names[arg] for arg in node.args], fragments)}")
             names[node] = name
-    return names[expr]
+    return [names[expr] for expr in exprs]
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from lpcompile.recipe import Rotation, Signs
 assert __name__ == "lpcompile.codegen.views", "import it as lpcompile.codegen, not as codegen"
 
 Shape = tuple[int, ...]
+TILES = ("x", "y")  # the variables of kernels that hold what is quantised, one a prologue
 
 
 @dataclass(frozen=True)
@@ -173,10 +174,19 @@ class View:
         return self.block if any(extent.known is None or extent.known > size for extent, size in spanned) else None
 
     @property
+    def base(self) -> str:
+        """The variable that holds the tile as it was read."""
+        return TILES[self.output.of]
+
+    @property
+    def upright(self) -> str:
+        """The variable that holds the tile, transposed where the output is."""
+        return f"{self.base}t" if self.output.transposed else self.base
+
+    @property
     def tile_name(self) -> str:
         """The variable that holds the tile that is quantised."""
-        base = "xt" if self.output.transposed else "x"
-        return f"turned_{self.index}" if self.rotations != (None, None) else base
+        return f"turned_{self.index}" if self.rotations != (None, None) else self.upright
 
 
 def stored(dtype: torch.dtype, native: bool) -> torch.dtype:

@@ -108,8 +108,10 @@ def decode(parts: Sequence[Tensor], cast: Cast, cols: int) -> Tensor:
     return reference.code_values(parts[0], cast.quant, cols).to(torch.bfloat16)
 
 
-def _outputs(x: Tensor, kernel: CastKernel | RequantKernel, random: _Random) -> list[Tensor]:
-    return [part for index, output in enumerate(kernel.outputs) for part in _quantized(x, output, *random.of(index))]
+def _outputs(made: Sequence[Tensor], kernel: CastKernel | RequantKernel, random: _Random) -> list[Tensor]:
+    """made: the matrices that are quantised."""
+    each = enumerate(kernel.outputs)
+    return [part for index, output in each for part in _quantized(made[output.of], output, *random.of(index))]
 
 
 class _Random:
@@ -130,13 +132,13 @@ def _vector(x: Tensor, kind: str) -> Tensor:
 
 def _cast(inputs: Sequence[Tensor], kernel: CastKernel, random: _Random) -> list[Tensor]:
     wide = [_vector(x, kind.vector) for x, kind in zip(inputs, kernel.inputs, strict=True)]
-    x = inputs[0] if kernel.plain else evaluate(kernel.prologue, wide).to(kernel.dtype)
-    return [*([x] if kernel.keep else []), *_outputs(x, kernel, random)]
+    made = [inputs[0]] if kernel.plain else [evaluate(each, wide).to(kernel.dtype) for each in kernel.prologues]
+    return [*(made if kernel.keep else []), *_outputs(made, kernel, random)]
 
 
 def _requant(inputs: Sequence[Tensor], kernel: RequantKernel, sizes: Sequence[int], random: _Random) -> list[Tensor]:
     x = ops.dequantize_reference(list(inputs), str(kernel.source), sizes[0], kernel.dtype)
-    return _outputs(x, kernel, random)
+    return _outputs([x], kernel, random)
 
 
 # ---- products ----------------------------------------------------------------------------------------------------

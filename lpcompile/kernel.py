@@ -1,13 +1,15 @@
 """Kernel: what one launch computes, as a frozen value with a text form that parses back. How it is tiled stands elsewhere.
 
     cast x0:bf16 x1:bf16 = mul(silu(x0), x1) as bf16 -> keep, e4m3:1x128|1, e4m3:1x128|0|0:h16fixed'
+    cast x0:bf16 x1:bf16 x2:bf16 = mul(x0, x1); mul(x0, x2) as bf16 -> e4m3:row:up|1; e4m3:row:up|1, e4m3:row:up|0'
     requant e2m1:1x32:e8m0:quest|1|1:h32 as bf16 -> e2m1:1x32:e8m0:matched|0|0:h32drawn'
     decode e2m1:1x16:e4m3+f32|0
     gemm e4m3:1x128|1 @ e4m3:128x128|1' -> bf16 + bias
     gemm e2m1:1x32:e8m0|1~ @ e2m1:1x32:e8m0|1~' -> bf16 * mask * 1:h32
     gemm e4m3:row|1 @ e4m3:row|1' -> bf16 then add(x0, x1) as bf16 with x1:bf16
 
-A Cast reads its inputs once, computes a tensor from them (the prologue) and quantises it in each of the ways its outputs name.
+A Cast reads its inputs once, computes a tensor from them (the prologue), or two, and quantises each in the ways its outputs
+name.
 A Requant does the same with what codes stand for; a Decode writes it as bf16 values for a product without an instruction of
 its own. A Gemm multiplies two operands; what follows stands in the order in which it happens, each step rounded to the
 result's dtype.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -86,7 +88,7 @@ class Output:
     scales come in the 128x4 tiles that tensor cores read (spec nvfp4: 32 rows of 16 bytes), padded with 0. decoded: bf16
     values in place of the codes (`decoded_parts`). carrier: the values themselves quantised anew, without loss (`carried`), so
     that an instruction for 8 bits multiplies them; its scale is that of the matrix before it is turned along the contraction.
-    A mask comes with the codes, not with what bears them.
+    A mask comes with the codes, not with what bears them. of: the number of the prologue whose result it is.
     Text form: the cast's, then `~` for decoded with the carrier, `'` for transposed, `#` for tiled.
     """
 
@@ -95,6 +97,7 @@ class Output:
     tiled: bool = False
     decoded: bool = False
     carrier: Quant | None = None
+    of: int = 0
 
     def __post_init__(self) -> None:
         if self.decoded and self.tiled:
@@ -129,31 +132,33 @@ class Output:
         return text + (TRANSPOSED if self.transposed else "") + ("#" if self.tiled else "")
 
     @staticmethod
-    def parse(text: str) -> Output:
+    def parse(text: str, of: int = 0) -> Output:
         plain = text.removesuffix("#")
         body = plain.removesuffix(TRANSPOSED)
         cast, decoded, carrier = body.partition(DECODED)
-        return Output(Cast.parse(cast), body != plain, plain != text, bool(decoded), Quant.parse(carrier) if carrier else None)
+        bears = Quant.parse(carrier) if carrier else None
+        return Output(Cast.parse(cast), body != plain, plain != text, bool(decoded), bears, of)
 
 
 def _outputs(text: str) -> tuple[bool, tuple[Output, ...]]:
-    names = text.split(", ")
-    keep = names[0] == "keep"
-    return keep, tuple(Output.parse(name) for name in names[keep:])
+    keep = text == "keep" or text.startswith("keep, ")
+    lists = text.removeprefix("keep").removeprefix(", ").split("; ") if keep else text.split("; ")
+    return keep, tuple(Output.parse(name, of) for of, names in enumerate(lists) for name in names.split(", ") if name)
 
 
 @dataclass(frozen=True)
 class CastKernel:
-    """Reads each input once, computes the prologue in FP32, rounds it to `dtype`, and quantises that in each way asked for.
+    """Reads each input once, computes the prologues in FP32, rounds each result to `dtype`, and quantises it in each way asked
+    for.
 
-    keep: the rounded result is written too, as the first tensor. Raises KernelError where nothing is written, or where the
-    prologue and the inputs do not fit.
+    outputs: those of the first prologue, then those of the second. keep: the rounded result of the only one is written too, as
+    the first tensor. Raises KernelError where nothing is written, or where prologues, inputs and outputs do not fit.
     """
 
     outputs: tuple[Output, ...]
     dtype: torch.dtype = torch.bfloat16
     inputs: tuple[Input, ...] = ()  # none: one matrix of `dtype`
-    prologue: Expr = field(default_factory=lambda: Load(0))
+    prologues: tuple[Expr, ...] = (Load(0),)
     keep: bool = False
 
     def __post_init__(self) -> None:
@@ -161,28 +166,40 @@ class CastKernel:
             object.__setattr__(self, "inputs", (Input(self.dtype),))
         if not self.outputs:
             raise KernelError("a cast kernel writes at least one quantisation")
+        if list(dict.fromkeys(output.of for output in self.outputs)) != list(range(len(self.prologues))):
+            raise KernelError(f"{len(self.prologues)} prologues, and outputs of {[output.of for output in self.outputs]}")
+        if len(self.prologues) > 2 or (self.keep and len(self.prologues) > 1):
+            raise KernelError("a cast has one prologue, or two of which it keeps no result")
         dtype_name(self.dtype)
-        loads = {node.index for node in nodes(self.prologue) if isinstance(node, Load)}
+        loads = {node.index for prologue in self.prologues for node in nodes(prologue) if isinstance(node, Load)}
         if loads != set(range(len(self.inputs))):
-            raise KernelError(f"the prologue {self.prologue} reads inputs {sorted(loads)} of {len(self.inputs)}")
+            raise KernelError(f"the prologue {self._computed} reads inputs {sorted(loads)} of {len(self.inputs)}")
         if self.inputs[0].vector:
             raise KernelError("the first input is a matrix: it gives the sizes")
+        for each in self.prologues:
+            if all(self.inputs[node.index].vector for node in nodes(each) if isinstance(node, Load)):
+                raise KernelError(f"the prologue {each} reads no matrix")
         if self.keep and self.plain:
             raise KernelError("a cast keeps what it computes; here that is its input")
 
     @property
     def plain(self) -> bool:
         """True where there is no prologue: the one input is quantised as it is."""
-        return self.prologue == Load(0) and self.inputs[0].dtype == self.dtype
+        return self.prologues == (Load(0),) and self.inputs[0].dtype == self.dtype
 
     @property
     def casts(self) -> tuple[Cast, ...]:
         return tuple(output.cast for output in self.outputs)
 
+    @property
+    def _computed(self) -> str:
+        return "; ".join(map(str, self.prologues))
+
     def __str__(self) -> str:
         inputs = " ".join(f"x{index}:{each}" for index, each in enumerate(self.inputs))
-        outputs = ", ".join([*(["keep"] if self.keep else []), *map(str, self.outputs)])
-        return f"cast {inputs} = {self.prologue} as {dtype_name(self.dtype)} -> {outputs}"
+        lists = [", ".join(str(each) for each in self.outputs if each.of == of) for of in range(len(self.prologues))]
+        kept = "keep, " if self.keep else ""
+        return f"cast {inputs} = {self._computed} as {dtype_name(self.dtype)} -> {kept}{'; '.join(lists)}"
 
     @staticmethod
     def parse(text: str) -> CastKernel:
@@ -190,7 +207,8 @@ class CastKernel:
         if not match:
             raise KernelError(f"{text!r} is no cast kernel; write 'cast x0:bf16 = x0 as bf16 -> <cast>, ...'")
         keep, outputs = _outputs(match[4])
-        return CastKernel(outputs, _dtype(match[3]), _inputs(match[1]), parse_expr(match[2]), keep)
+        prologues = tuple(map(parse_expr, match[2].split("; ")))
+        return CastKernel(outputs, _dtype(match[3]), _inputs(match[1]), prologues, keep)
 
 
 @dataclass(frozen=True)
@@ -204,6 +222,8 @@ class RequantKernel:
     def __post_init__(self) -> None:
         if not self.outputs:
             raise KernelError("a requant kernel writes at least one quantisation")
+        if any(output.of for output in self.outputs):
+            raise KernelError("a requant kernel quantises one matrix")
         dtype_name(self.dtype)
 
     @property

@@ -287,7 +287,7 @@ def share(graph: Graph, plan: Plan, node: Node) -> Node | None:
     if seed is not None and position[seed] > position[anchor]:
         return None
     outputs = [output for each in group for output in kernel_of(each, CastKernel).outputs]
-    made_call = Call([x], str(CastKernel(tuple(outputs), kernel.dtype, kernel.inputs)), [], seed, *_streams(calls, seed))
+    made_call = Call([x], str(CastKernel(tuple(outputs), kernel.dtype, kernel.inputs)), [], seed, *streams(calls, seed))
     made = insert_call(graph, anchor, FUSED, made_call.args())
     made.meta.update({key: node.meta[key] for key in ("lowprec", "partitioner_tag", "recompute", "rules") if key in node.meta})
     first = 0
@@ -303,7 +303,7 @@ def share(graph: Graph, plan: Plan, node: Node) -> Node | None:
     return made
 
 
-def _streams(calls: Sequence[Call], seed: Node | None) -> tuple[list[int], list[int]]:
+def streams(calls: Sequence[Call], seed: Node | None) -> tuple[list[int], list[int]]:
     """The uses and spins of several single-output calls, one after the other."""
     if seed is None:
         return [], []

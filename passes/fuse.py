@@ -4,6 +4,7 @@
     y = scaled_mm(q, w)                          ->   fused("gemm a @ c' -> bf16")       in the layout its instruction takes
     y = scaled_mm(fp4 codes) without instruction ->   fused("gemm a~ @ c~' -> bf16")     on decoded values
     x = mul(silu(g), u)                          ->   the prologue of the cast that reads it
+    two casts of what the same tensors make      ->   fused("cast x0 x1 = p; q -> a; b")
     z = add(x, view(y))                          ->   what follows the product
 
 The rules stand in order in `RULES`; each leaves a graph that means the same, so a wrong one shows in the reference executor.
@@ -17,6 +18,7 @@ from torch.fx import Graph
 
 from lpcompile import match
 from lpcompile.match import Rule
+from lpcompile.passes.beside import beside
 from lpcompile.passes.epilogue import follow, masked, undone
 from lpcompile.passes.forms import cast, product, requant, share
 from lpcompile.passes.prologue import absorb
@@ -33,6 +35,7 @@ RULES = (
     Rule("requant", "codes are quantised again without touching high precision in memory", (_ops.requantize.default,), requant),
     Rule("share", "all quantisations of one tensor read it once", _fused, share),
     Rule("prologue", "what computes a tensor only to be quantised is done while it is quantised", _fused, absorb),
+    Rule("beside", "tensors that two casts read are read by one", _fused, beside),
     Rule("mask", "the clip mask is applied to the product before it is stored", (_ops.apply_mask.default,), masked),
     Rule("undo", "a rotation of the product is undone before it is stored", (_ops.hadamard.default,), undone),
     Rule("epilogue", "pointwise work on a product is done before it is stored", _fused, follow),

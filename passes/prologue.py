@@ -252,7 +252,7 @@ def absorb(graph: Graph, plan: Plan, node: Node) -> Node | None:
     if isinstance(expr, Load) or not order or region.inputs[order[0]] != "" or _trivial(expr, order, x):
         return None
     inputs = tuple(Input(each.meta["val"].dtype, region.inputs[each]) for each in order)
-    made_kernel = CastKernel(kernel.outputs, kernel.dtype, inputs, expr, keep)
+    made_kernel = CastKernel(kernel.outputs, kernel.dtype, inputs, (expr,), keep)
     reads = [flat(graph, anchor, each, region.inputs[each], rows, cols) for each in order]
     made_call = Call(reads, str(made_kernel), given.sizes, given.seed, given.uses, given.spins)
     made = insert_call(graph, anchor, FUSED, made_call.args())

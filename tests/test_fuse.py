@@ -144,7 +144,7 @@ def test_each_tensor_is_read_once_and_prologues_are_inside(recipe: str, target: 
     found = kernels(code)
     casts = [k for k in found if isinstance(k, CastKernel)]
     # x of q, k, v; of o; of gate and up; of down: as many casts in forward, beside those of the weights.
-    prologues = [str(k.prologue) for k in casts if not k.plain]
+    prologues = [str(each) for k in casts if not k.plain for each in k.prologues]
     assert sum("[r]" in str(k) and "[c]" in str(k) for k in casts) == 2  # the two norms
     assert any("exp(neg(x0))" in p and p.startswith("bf16(mul(") and "x1" in p for p in prologues)  # SwiGLU
     assert any("sigmoid" in p or "exp(neg" in p for p in prologues[3:])  # its gradient
@@ -258,7 +258,51 @@ def test_what_others_read_is_written_before_they_read_it(recipe: str) -> None:
     for name, grad in grads.items():
         assert torch.equal(grad, fused_grads[name]) and grad.any(), name
     casts = [k for k in kernels(trace.graph_after("fuse")) if isinstance(k, CastKernel)]
-    assert any(k.keep and "relu(x0)" in str(k.prologue) for k in casts)
+    assert any(k.keep and "relu(x0)" in str(k) for k in casts)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-rowwise", "deepseek", "mxfp8", "nvfp4"])
+def test_the_gradients_of_two_branches_are_one_cast(recipe: str) -> None:
+    """They are computed of the same three tensors; casts that turn what they quantise have no room for two."""
+    backward = [launch for launch in block_step(recipe, "sm_90")[2].launches if launch.phase == "backward"]
+    pairs = [launch for launch in backward if launch.family == "cast" and "; " in launch.kernel]
+    assert len(pairs) == (recipe != "nvfp4")
+    for pair in pairs:
+        assert pair.rules[-1] == "beside" and len(set(pair.reads)) == 3
+        branches = {f"layers.0.mlp.{name}_proj {role}" for name in ("gate", "up") for role in ("dgrad", "wgrad")}
+        assert set(pair.sites) == branches
+
+
+def test_what_waits_for_the_others_result_stays_apart() -> None:
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+            self.outer = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+            self.other = nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+
+        def forward(self, x: torch.Tensor, waits: bool) -> torch.Tensor:
+            inner = self.inner(torch.relu(x))
+            return self.outer(x * inner) if waits else inner + self.outer(x * x) + self.other(x.sigmoid())
+
+    torch.manual_seed(0)
+    model, x = Gate(), torch.randn(48, 64, dtype=torch.bfloat16)
+    for waits, pairs in ((True, 0), (False, 1)):
+        loss = [step(_Summed(model), (x, waits), "fp8-rowwise", target) for target in ("cpu", "sm_90")]
+        assert torch.equal(loss[0][0], loss[1][0])
+        for name, grad in loss[0][1].items():
+            assert torch.equal(grad, loss[1][1][name]), name
+        casts = [k for k in kernels(loss[1][2].graph_after("fuse")) if isinstance(k, CastKernel)]
+        assert sum(len(k.prologues) == 2 for k in casts) == pairs, waits
+
+
+class _Summed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor, waits: bool) -> torch.Tensor:
+        return self.inner(x, waits).float().square().mean()
 
 
 @pytest.mark.parametrize("alone", [True, False])
