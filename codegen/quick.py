@@ -118,19 +118,18 @@ class _Step:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a launch did: what it allocated (function, size, dtype), what it launched, which tensors it returned."""
+    """What a launch did: what it allocated, what it launched, which tensors it returned. For the current device."""
 
     device: torch.device
-    made: tuple[tuple[Callable[..., Tensor], tuple[int, ...], torch.dtype], ...]
+    made: tuple[Callable[[], Tensor], ...]
     steps: tuple[_Step, ...]
     results: tuple[int, ...]
 
     def carry_out(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
         """The same on other tensors of the same kind, in the current stream."""
-        device = self.device
-        tensors = [*given, *[make(size, dtype=dtype, device=device) for make, size, dtype in self.made]]
+        tensors = [*given, *[make() for make in self.made]]
         pointers = [*addresses, *[x.data_ptr() for x in tensors[len(given) :]]]
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
         for step in self.steps:
             arguments = list(step.arguments)
             for position, index in step.addressed:
@@ -171,6 +170,16 @@ _MAKERS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.empty.memory_format: torch.empty,
     torch.ops.aten.zeros.default: torch.zeros,
 }
+# What Inductor's own code allocates with: a third of the time of torch.empty.
+_EMPTY: dict[str, Callable[..., Tensor]] = {
+    kind: getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}") for kind in ("cpu", "cuda")
+}
+
+
+def _maker(make: Callable[..., Tensor], like: Tensor) -> Callable[[], Tensor]:
+    """A function that allocates a contiguous tensor as `make` allocated this one."""
+    empty = functools.partial(_EMPTY[like.device.type], tuple(like.shape), like.stride(), like.dtype)
+    return empty if make is torch.empty else lambda: empty().zero_()
 
 
 def _note(given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Notes | None]:
@@ -194,8 +203,7 @@ def _note(given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[
         return results, None
     if allocations.other or len(places) < len(tensors) or not all(x.is_contiguous() for _, x in made):
         return results, None
-    allocated = tuple((make, tuple(x.shape), x.dtype) for make, x in made)
-    return results, Notes(given[0].device, allocated, steps, returned)
+    return results, Notes(given[0].device, tuple(_maker(make, x) for make, x in made), steps, returned)
 
 
 def _step(

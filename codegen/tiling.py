@@ -30,18 +30,7 @@ def needs_of(cast: Cast) -> tuple[int, int]:
 
 def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Sizes, target: Target) -> tuple[Schedule, ...]:
     """Tilings worth a measurement, the expected best first. Raises KernelError where no tile fits."""
-    casts = [kernel.source] if isinstance(kernel, DecodeKernel) else list(kernel.casts)
-    if isinstance(kernel, RequantKernel):
-        casts.append(kernel.source)
-    needs = [1, 1]
-    for cast in casts:
-        need = list(needs_of(cast)) if cast is not getattr(kernel, "source", None) else list(_source_needs(cast))
-        needs = [max(a, b) for a, b in zip(needs, need, strict=True)]
-    if any(cast.quant.rule is Rule.EDEN for cast in casts) and min(needs) >= EDEN_GROUP:
-        # Both orientations in one tile do not fit into registers: the other one is made of tiles that lie across.
-        needs = [1, EDEN_GROUP]
-    if any(need & (need - 1) for need in needs):
-        raise KernelError(f"{kernel}: tiles have powers of two, blocks of {needs[0]} x {needs[1]} do not fit")
+    casts, needs = _needs(kernel)
     outputs = () if isinstance(kernel, DecodeKernel) else kernel.outputs
     heavy = any(_heavy(output.cast) for output in outputs)
     elements = min((_elements(output.cast) for output in outputs), default=_ELEMENTS)
@@ -53,10 +42,10 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
         found.append(Schedule((max(_ROW // width, 1), width), warps=max(_ROW, width) // 1024, stages=1))
     if isinstance(kernel, CastKernel) and not heavy and _across(kernel.outputs):
         parts = Schedule((max(needs[0], 64), max(needs[1], 64)), warps=4, stages=1, step=64)
-        found += [parts, replace(parts, step=32), replace(parts, warps=8, step=0, registers=128)]
-        if len(kernel.prologues) > 1:
-            # Two tiles of the larger parts spill.
-            found = found[1::-1]
+        smaller = replace(parts, step=32)
+        # Two tiles of the larger parts spill.
+        one = len(kernel.prologues) == 1
+        found += [parts, smaller, replace(parts, warps=8, step=0, registers=128)] if one else [smaller, parts]
     turned = max((rotation.block for cast in casts for rotation in cast.rotations if rotation and fits(rotation)), default=0)
     computed = isinstance(kernel, CastKernel) and not kernel.plain
     for rows, cols in _tiles(heavy, turned, computed):
@@ -70,6 +59,23 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
     if turned > _TURNED or (turned == _TURNED and heavy):
         found[1:1] = [replace(found[0], registers=most) for most in _REGISTERS if 32 * found[0].warps * most <= 1 << 15]
     return tuple(found)
+
+
+def _needs(kernel: CastKernel | RequantKernel | DecodeKernel) -> tuple[list[Cast], tuple[int, int]]:
+    """The casts of a kernel, and the smallest tile for all of them. Raises KernelError where it has no powers of two."""
+    casts = [kernel.source] if isinstance(kernel, DecodeKernel) else list(kernel.casts)
+    if isinstance(kernel, RequantKernel):
+        casts.append(kernel.source)
+    needs = [1, 1]
+    for cast in casts:
+        need = list(needs_of(cast)) if cast is not getattr(kernel, "source", None) else list(_source_needs(cast))
+        needs = [max(a, b) for a, b in zip(needs, need, strict=True)]
+    if any(cast.quant.rule is Rule.EDEN for cast in casts) and min(needs) >= EDEN_GROUP:
+        # Both orientations in one tile do not fit into registers: the other one is made of tiles that lie across.
+        needs = [1, EDEN_GROUP]
+    if any(need & (need - 1) for need in needs):
+        raise KernelError(f"{kernel}: tiles have powers of two, blocks of {needs[0]} x {needs[1]} do not fit")
+    return casts, (needs[0], needs[1])
 
 
 def _tiles(heavy: bool, turned: int, computed: bool) -> tuple[tuple[int, int], ...]:

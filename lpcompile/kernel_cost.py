@@ -29,9 +29,10 @@ from lpcompile.target import Target
 ONE_WAY, BOTH_WAYS = 0.88, 0.84
 # What arithmetic bounds: blocks of 128 across each other, squares of them; codes of 4 bits in one orientation (half the time of
 # both) and in both, their values in a carrier, what is made of such codes; a random word or byte for each; MS-EDEN's sums.
-ACROSS, SQUARES = 0.58, 0.74
+ACROSS, SQUARES = 0.65, 0.77
 PACKED, PACKED_BOTH, CARRIED, AGAIN = 0.64, 0.39, 0.42, 0.22
-RANDOM, RANDOM_BYTE, EDEN = 0.26, 0.45, 0.14
+RANDOM, RANDOM_BYTE = 0.26, 0.45
+FOUR_SIX, EDEN, EDEN_AGAIN = 0.4, 0.2, 0.14
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
 # A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits: in
@@ -236,7 +237,9 @@ def _share(outputs: Sequence[Output], source: Quant | None) -> float:
     both = len({output.transposed for output in outputs}) == 2
     quants = [output.cast.quant for output in outputs]
     if any(quant.rule is Rule.EDEN for quant in quants):
-        return EDEN
+        return EDEN if source is None else EDEN_AGAIN
+    if any(quant.rule is Rule.FOUR_SIX for quant in quants):
+        return FOUR_SIX
     packed = any(output.cast.quant.packed and not output.decoded for output in outputs)
     if any(quant.rounding.stochastic for quant in quants):
         return RANDOM if packed or any(quant.rounding is Rounding.SR for quant in quants) else RANDOM_BYTE
