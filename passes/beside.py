@@ -3,13 +3,15 @@
     cast x0 x1 = mul(x1, silu(x0)) -> a;  cast x0 x1 x2 = mul(mul(x2, x1), dsilu(x0)) -> b
         ->   cast x0 x1 x2 = mul(x1, silu(x0)); mul(mul(x2, x1), dsilu(x0)) -> a; b
 
-So the gradients of a gated layer's two branches are computed together: what both need is read, and computed, once.
+So the gradients of a gated layer's two branches are computed together: what both need is read, and computed, once. Casts that
+turn what they quantise have no registers left for a second tile.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -18,10 +20,13 @@ from lpcompile.expr import Expr, Load
 from lpcompile.joint import insert_call, is_backward
 from lpcompile.kernel import CastKernel, Input
 from lpcompile.passes.forms import FUSED, Call, getitem, kernel_of, parts_of, streams
-from lpcompile.passes.prologue import RESHAPES, flat, positions
+from lpcompile.passes.prologue import RESHAPES, flat, positions, shape_kind
 from lpcompile.pipeline import Plan
 
 assert __name__ == "lpcompile.passes.beside", "import it as lpcompile.passes, not as passes"
+
+
+_TAGS = ("partitioner_tag", "recompute")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class _Cast:
         if kernel is None or kernel.plain or kernel.keep or len(kernel.prologues) > 1 or any(c.turns for c in kernel.casts):
             return None
         call = Call.of(node)
-        return _Cast(node, kernel, call, tuple(map(_behind, call.inputs)))
+        shape = call.inputs[0].meta["val"].shape
+        each = zip(call.inputs, kernel.inputs, strict=True)
+        return _Cast(node, kernel, call, tuple(_behind(tensor, kind.vector, *shape) for tensor, kind in each))
 
     @property
     def inputs(self) -> list[tuple[Node, Input]]:
@@ -51,16 +58,18 @@ class _Cast:
 
     def fits(self, other: _Cast) -> bool:
         """True where one reads no matrix that the other does not."""
-        same = self.kernel.dtype == other.kernel.dtype and is_backward(self.node) == is_backward(other.node)
-        shapes = [list(each.call.inputs[0].meta["val"].shape) for each in (self, other)]
         within = self.matrices <= other.matrices or other.matrices <= self.matrices
+        if not within or self.kernel.dtype != other.kernel.dtype or is_backward(self.node) != is_backward(other.node):
+            return False
         seeds = {each.call.seed for each in (self, other)} - {None}
-        return same and within and shapes[0] == shapes[1] and len(seeds) < 2
+        tags = all(self.node.meta.get(key) == other.node.meta.get(key) for key in _TAGS)
+        return tags and len(seeds) < 2 and shape_kind(other.call.inputs[0], *self.call.inputs[0].meta["val"].shape) == ""
 
 
-def _behind(node: Node) -> Node:
-    while node.target in RESHAPES and isinstance(node.args[0], Node):
-        node = node.args[0]
+def _behind(node: Node, vector: str, rows: Any, cols: Any) -> Node:
+    """What an input is a view of, as far back as that broadcasts as the input does."""
+    while node.target in RESHAPES and isinstance(before := node.args[0], Node) and shape_kind(before, rows, cols) == vector:
+        node = before
     return node
 
 
@@ -75,11 +84,11 @@ def beside(graph: Graph, plan: Plan, node: Node) -> Node | None:
     first = _Cast.of(node)
     if first is None:
         return None
-    place = positions(graph)
-    users = {user for tensor in first.matrices for user in _users(tensor)}
-    later = sorted((user for user in users if place[user] > place[node]), key=place.__getitem__)
-    for other in filter(None, map(_Cast.of, later)):
-        if first.fits(other) and (anchor := _anchor(first, other, place)) is not None:
+    users = {user for tensor in first.matrices for user in _users(tensor)} - {node}
+    others = [other for other in map(_Cast.of, users) if other is not None and first.fits(other)]
+    place = positions(graph) if others else {}
+    for other in sorted(others, key=lambda each: place[each.node]):
+        if place[other.node] > place[node] and (anchor := _anchor(first, other, place)) is not None:
             return _joined(graph, first, other, anchor)
     return None
 
@@ -112,8 +121,7 @@ def _joined(graph: Graph, first: _Cast, other: _Cast, anchor: Node) -> Node:
     seed = first.call.seed or other.call.seed
     call = Call(reads, str(kernel), [], seed, *streams([first.call, other.call], seed))
     made = insert_call(graph, anchor, FUSED, call.args())
-    keys = ("lowprec", "partitioner_tag", "recompute", "rules")
-    made.meta.update({key: first.node.meta[key] for key in keys if key in first.node.meta})
+    made.meta.update({key: first.node.meta[key] for key in ("lowprec", "rules", *_TAGS) if key in first.node.meta})
     start = 0
     for each in (first, other):
         for index, parts in sorted(parts_of(each.node).items()):
