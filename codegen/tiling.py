@@ -37,7 +37,7 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
     if isinstance(kernel, CastKernel) and not kernel.plain and any(_two_peaks(output.cast) for output in outputs):
         elements = min(elements, _ELEMENTS // 2)
     found: list[Schedule] = []
-    if isinstance(kernel, CastKernel) and len(kernel.prologues) == 1 and not heavy and _in_rows(kernel.outputs, sizes):
+    if isinstance(kernel, CastKernel) and not heavy and _in_rows(kernel.outputs, sizes):
         width = max(next_power_of_two(int(sizes.values[1])), 128)
         found.append(Schedule((max(_ROW // width, 1), width), warps=max(_ROW, width) // 1024, stages=1))
     if isinstance(kernel, CastKernel) and not heavy and _across(kernel.outputs):

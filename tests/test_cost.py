@@ -188,6 +188,13 @@ def test_sizes_that_are_zero_cost_launches() -> None:
             65536 + 33792,
             2 * 65536 + 1024 + 256 + 65536 + 33792,
         ),
+        # Two matrices of the same inputs.
+        (
+            "cast x0:bf16 x1:bf16 = mul(x0, x1); neg(x1) as bf16 -> e4m3:1x128|1; e4m3:1x128|1, e4m3:1x128|0'",
+            2 * 65536,
+            3 * 33792,
+            2 * 65536 + 3 * 33792,
+        ),
         # With a scale of the whole tensor the second read may take what was kept.
         (
             "cast x0:bf16 x1:bf16 = mul(x0, x1) as bf16 -> keep, e4m3:tensor|1",
