@@ -43,7 +43,7 @@ PROLOGUES = (
     "cast x0:bf16 x1:bf16 = bf16(mul(bf16(div(x0, add(exp(neg(x0)), 1.0))), x1)) as bf16 -> e4m3:row:up|1, e4m3:1x32|0'",
     "cast x0:f32 x1:f32[c] x2:bf16[r] = add(mul(x0, x1), x2) as bf16 -> keep, e4m3:row:up|1, e4m3:1x128|0'",
     "cast x0:bf16 x1:bf16 = bf16(mul(maximum(x0, x1), rsqrt(add(abs(x1), 0.5)))) as f32 -> keep, e4m3:row|1",
-    # Two matrices of the same inputs: rows that a program holds, scales that tiles share, and blocks across each other, in parts.
+    # Two matrices: rows that a program holds, scales that tiles share, and blocks across each other, which come in parts.
     "cast x0:bf16 x1:bf16 = mul(x0, x1); neg(x1) as bf16 -> e4m3:row:up|1; int8:row|1",
     "cast x0:bf16 x1:bf16 x2:f32[r] = mul(x0, x1); add(x1, x2) as bf16 -> e4m3:row:up|0'; e4m3:tensor|1, int8:row|0'",
     "cast x0:bf16 x1:f32[c] = mul(x0, x1); neg(x0) as bf16 -> e4m3:1x128|0', e4m3:1x128|1; e4m3:1x128|1, e4m3:1x128|0'",
