@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lpcompile import fused, ops
 from lpcompile.codegen import emit, module, tune
+from lpcompile.codegen.direct import call_directly
 from lpcompile.codegen.example import Example
 from lpcompile.codegen.quick import quick
 from lpcompile.codegen.source import Sizes, Source
@@ -50,6 +51,7 @@ def install() -> None:
         ops.attach(name, "CUDA", implementation)
     if interpreting():
         ops.attach("fused", "CPU", run)
+    call_directly(run, ("cuda", "cpu") if interpreting() else ("cuda",))
 
 
 def interpreting() -> bool:
@@ -100,7 +102,8 @@ def _resolve(
     """The function that launches a kernel on tensors like these."""
 
     def reference(inputs: list[Tensor], *rest: Any) -> list[Tensor]:
-        return fused.fused_reference(inputs, kernel, *rest)
+        # As the operator's callers were told.
+        return [x.contiguous() for x in fused.fused_reference(inputs, kernel, *rest)]
 
     if any(x.numel() == 0 for x in inputs):
         return reference

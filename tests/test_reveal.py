@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch._inductor.scheduler
 import triton.runtime
-from torch._inductor import config
+from torch._inductor import config, lowering
 from torch._inductor.debug import DebugContext
 from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from triton.backends.compiler import GPUTarget
 
-from lpcompile.codegen import emit, reveal
+from lpcompile.codegen import direct, emit, launch, reveal
 from lpcompile.codegen.example import example
 from lpcompile.codegen.source import Schedule, Sizes
 from lpcompile.kernel import parse
@@ -111,6 +111,18 @@ def test_tensor_descriptors_stay_opaque():
     module, _ = graph(GEMM)
     assert reveal.reveal(module.graph, emitted(Schedule((128, 128, 128), 8, 3, tma=True))) == 0
     assert "torch.ops.lowprec.fused" in module.code
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_what_stays_opaque_is_called_directly_on_its_device(monkeypatch, device: str):
+    schedule, operator = Schedule((128, 128, 128), 8, 3, tma=True), torch.ops.lowprec.fused.default
+    monkeypatch.setattr(torch.ops.lowprec, "launch", None, raising=False)
+    # Whoever compiled before, in this process, may have lowered the operator.
+    monkeypatch.delitem(lowering.lowerings, operator, raising=False)
+    direct.call_directly(launch.run, (device,))
+    code = inductor(GEMM, schedule)
+    assert ("torch.ops.lowprec.launch([arg0_1, " in code) is (device == "cuda")
+    assert ("torch.ops.lowprec.fused.default([arg0_1, " in code) is (device == "cpu")
 
 
 def test_what_would_round_differently_stays_opaque(monkeypatch):

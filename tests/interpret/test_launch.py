@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from torch._inductor import config
+from torch._inductor.utils import run_and_get_code
 
 from lpcompile import ops
 from lpcompile.codegen import launch, tune
@@ -42,6 +44,24 @@ def test_an_operator_runs_the_generated_kernel():
     assert chosen is not None and chosen.times == {}
     assert tune.winner(GEMM, (48, 40, 65)) is None
     launch.install()
+
+
+def test_compiled_code_calls_the_launch_itself(monkeypatch):
+    """Neither through the dispatcher nor with assertions on what was just allocated; eager calls take the operator."""
+    text, x = "cast x0:bf16 = x0 as bf16 -> e4m3:row:up|1, e4m3:row:up|0'", torch.randn(40, 96).to(torch.bfloat16)
+    calls = []
+
+    def counted(*args, **named):
+        calls.append(args)
+        return launch.run(*args, **named)
+
+    monkeypatch.setattr(torch.ops.lowprec, "launch", counted)
+    with config.patch(force_disable_caches=True):
+        found, (code,) = run_and_get_code(torch.compile(lambda x: torch.ops.lowprec.fused([x * 2], text)), x)
+    expected = fused_reference([x * 2], text)
+    assert len(calls) == 1 and all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=True))
+    assert not torch.equal(found[0].float(), torch.ops.lowprec.fused([x], text)[0].float().roll(1, 0)) and len(calls) == 1
+    assert "torch.ops.lowprec.launch([buf0]" in code and "assert_size_stride(buf" not in code
 
 
 def test_the_unfused_operators_are_kernels_too():
