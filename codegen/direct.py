@@ -2,9 +2,9 @@
 
     buf0 = torch.ops.lowprec.fused.default([x], 'cast ...')   ->   buf0 = torch.ops.lowprec.launch([x], 'cast ...')
 
-The dispatcher's way to the function, and assertions on the sizes, strides and alignment of what was just allocated, take as long as
-the function without its launches. It is an attribute of the namespace, because generated code, which is cached, imports nothing of
-ours.
+The dispatcher's way to the function, and assertions on sizes, strides and alignment of what was just allocated, take as long as
+the function without its launches. It is an attribute of the namespace, because generated code, which is cached, imports nothing
+of ours.
 """
 
 from __future__ import annotations
