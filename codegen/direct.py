@@ -10,12 +10,12 @@ of ours.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._inductor import lowering
-from torch._inductor.ir import FallbackKernel
+from torch._inductor.ir import FallbackKernel, MultiOutput
 from torch._inductor.virtualized import V
 from torch._library.utils import get_layout_constraint_tag
 
@@ -39,12 +39,18 @@ def call_directly(run: Callable[..., Any], devices: tuple[str, ...]) -> None:
     def direct(*args: Any, **kwargs: Any) -> Any:
         results = fallback(*args, **kwargs)
         if not V.graph.cpp_wrapper and results[0].get_device().type in devices:
-            # A result is one of the several of a kernel.
-            kernel = results[0].data.data.inputs[0]
-            assert isinstance(kernel, FallbackKernel), "Inductor lowers an operator otherwise"
-            kernel.set_python_kernel_name(_CALLED)
-            for each in results:
-                each.data.data.skip_size_stride_alignment_checks = True
+            _call(results)
         return results
 
     lowering.lowerings[operator] = direct
+
+
+def _call(results: Sequence[Any]) -> None:
+    """Has the kernel that these are the results of called by our name. Another Inductor's, made otherwise, is left alone."""
+    found = (getattr(getattr(each, "data", None), "data", None) for each in results)
+    parts = [each for each in found if isinstance(each, MultiOutput)]
+    kernel = parts[0].inputs[0] if parts else None
+    if len(parts) == len(results) and isinstance(kernel, FallbackKernel):
+        kernel.set_python_kernel_name(_CALLED)
+        for each in parts:
+            each.skip_size_stride_alignment_checks = True
