@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lpcompile.codegen import dither, division
+from lpcompile.codegen import arithmetic, dither
 from lpcompile.codegen.source import POINTERS
 from lpcompile.errors import KernelError
 from lpcompile.formats import BF16, E4M3, E5M2, E8M0, F16, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
@@ -148,19 +148,9 @@ def block_scale(peak_bits):
 
     def _over(self, divisor: float, dtype: torch.dtype) -> str:
         """The quotient of `peak`, a number of the dtype, and a constant, correctly rounded."""
-        if self.interpreted or not division.mends(divisor, dtype):
+        if self.interpreted or not arithmetic.mends(divisor, dtype):
             return f"tl.div_rn(peak, {divisor!r})"
-        inverse = division.inverse(divisor)
-        name = self.numbered(
-            "over",
-            f'''
-def over(peak):
-    """peak / {divisor!r}, correctly rounded where peak has 16 bits: the quotient by the reciprocal, mended by its remainder."""
-    quotient = peak * {inverse!r}
-    return tl.fma(tl.fma(quotient, {-divisor!r}, peak), {inverse!r}, quotient)
-''',
-        )
-        return f"{name}(peak)"
+        return f"{self.numbered('over', arithmetic.over(divisor))}(peak)"
 
     def _power_of_two_above(self, top: float) -> str:
         """A function from the bits of amax to the power of two at or above amax / top, which needs no division."""
@@ -217,21 +207,20 @@ def e8m0(scale):
             return f"{value}.to(tl.float16)"
         if not self.interpreted and not widened:
             return f"{value}.to(tl.bfloat16)"
-        return f"{self.add('to_bf16', _TO_BF16 if self.interpreted else _TO_BF16_IN_PAIRS)}({value})"
+        return f"{self._either('to_bf16', arithmetic.TO_BF16, arithmetic.TO_BF16_COMPILED)}({value})"
 
     def divide(self) -> str:
         """A function (x, scale) -> x / scale, correctly rounded; scale broadcasts to x."""
-        if self.interpreted:
-            return self.add("divide", division.INTERPRETED)
         self.inverse_power_of_two()
-        return self.add("divide", division.COMPILED)
+        return self._either("divide", arithmetic.DIVIDE, arithmetic.DIVIDE_COMPILED)
 
     def bounded_reciprocal(self) -> str:
         """A function x -> 1 / x, correctly rounded, at most the largest number."""
-        if self.interpreted:
-            return self.add("bounded_reciprocal", division.BOUNDED_INTERPRETED)
         self.inverse_power_of_two()
-        return self.add("bounded_reciprocal", division.BOUNDED_COMPILED)
+        return self._either("bounded_reciprocal", arithmetic.BOUNDED, arithmetic.BOUNDED_COMPILED)
+
+    def _either(self, name: str, interpreted: str, compiled: str) -> str:
+        return self.add(name, interpreted if self.interpreted else compiled)
 
     # ---- codes ---------------------------------------------------------------------------------------------------
 
@@ -501,18 +490,6 @@ def _spell(quant: Quant) -> str:
     return f"{quant.rule} for {quant.elem}" + (f", clip {quant.clip!r}" if quant.clip != 1.0 else "")
 
 
-_TO_BF16 = '''
-def to_bf16(x):
-    """BF16, rounded to nearest even: the interpreter's own conversion truncates."""
-    bits = x.to(tl.int32, bitcast=True)
-    bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
-    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-'''
-_TO_BF16_IN_PAIRS = '''
-def to_bf16(x):
-    """BF16, rounded to nearest even, in pairs: the instruction for one number has an eighth of the throughput."""
-    return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
-'''
 NATIVE = {E4M3: "float8e4nv", E5M2: "float8e5"}  # Triton's names
 
 

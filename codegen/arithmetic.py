@@ -1,4 +1,5 @@
-"""Divisions without the instruction sequence of a true one: a dozen instructions, and a call that ties registers down."""
+"""Roundings and divisions that a GPU has instructions for, though not the ones that a compiler takes: a true division is a dozen,
+and a call that ties registers down. Each text comes with the one that Triton's interpreter runs."""
 
 from __future__ import annotations
 
@@ -6,15 +7,15 @@ import functools
 
 import torch
 
-assert __name__ == "lpcompile.codegen.division", "import it as lpcompile.codegen, not as codegen"
+assert __name__ == "lpcompile.codegen.arithmetic", "import it as lpcompile.codegen, not as codegen"
 
-INTERPRETED = '''
+DIVIDE = '''
 def divide(x, scale):
     """x / scale."""
     return tl.div_rn(x, scale)
 '''
 # Calls inverse_power_of_two. Without a negation, which takes an instruction a number, and registers.
-COMPILED = '''
+DIVIDE_COMPILED = '''
 def divide(x, scale):
     """x / scale, correctly rounded: the quotient by the reciprocal, mended by its exact remainder (Markstein 1990)."""
     # Between 1 and 2 neither the reciprocal nor a remainder overflows or vanishes.
@@ -30,7 +31,7 @@ def divide(x, scale):
     return tl.fma(tl.fma(scale, quotient, negative), reciprocal, quotient)
 '''
 
-BOUNDED_INTERPRETED = '''
+BOUNDED = '''
 def bounded_reciprocal(x):
     """1 / x, at most the largest number."""
     inverse = tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x)
@@ -46,6 +47,29 @@ def bounded_reciprocal(x):
     near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=r,r", [mantissa], tl.float32, True, 1)
     # That of 0 is no number here, and the smaller of it and a number is the number.
     return tl.minimum(tl.fma(tl.fma(-mantissa, near, 1.0), near, near) * per_unit, 3.4028234663852886e+38)
+'''
+TO_BF16 = '''
+def to_bf16(x):
+    """BF16, rounded to nearest even: the interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+'''
+TO_BF16_COMPILED = '''
+def to_bf16(x):
+    """BF16, rounded to nearest even, in pairs: the instruction for one number has an eighth of the throughput."""
+    return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
+'''
+
+
+def over(divisor: float) -> str:
+    """The text of a division by a constant for which `mends` holds."""
+    reciprocal = inverse(divisor)
+    return f'''
+def over(peak):
+    """peak / {divisor!r}, correctly rounded if peak has 16 bits: the quotient by the reciprocal, mended by its rest."""
+    quotient = peak * {reciprocal!r}
+    return tl.fma(tl.fma(quotient, {-divisor!r}, peak), {reciprocal!r}, quotient)
 '''
 
 
