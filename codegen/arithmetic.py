@@ -1,5 +1,5 @@
-"""Roundings and divisions in fewer instructions than a compiler takes: a true division is a dozen, and a call that ties registers
-down. Each text comes with the one that Triton's interpreter runs."""
+"""Roundings and divisions in fewer instructions than a compiler takes: a true division is a dozen, and a call that ties up
+registers. Each text comes with the one that Triton's interpreter runs."""
 
 from __future__ import annotations
 
