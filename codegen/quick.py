@@ -170,15 +170,16 @@ _MAKERS: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.empty.memory_format: torch.empty,
     torch.ops.aten.zeros.default: torch.zeros,
 }
-# What Inductor's own code allocates with: a third of the time of torch.empty.
-_EMPTY: dict[str, Callable[..., Tensor]] = {
-    kind: getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}") for kind in ("cpu", "cuda")
-}
 
 
 def _maker(make: Callable[..., Tensor], like: Tensor) -> Callable[[], Tensor]:
     """A function that allocates a contiguous tensor as `make` allocated this one."""
-    empty = functools.partial(_EMPTY[like.device.type], tuple(like.shape), like.stride(), like.dtype)
+    shape = tuple(like.shape)
+    # What Inductor's own code allocates with, where there is one: a third of the time of torch.empty.
+    quickly = getattr(torch._C._dynamo.guards, f"_empty_strided_{like.device.type}", None)
+    if quickly is None:
+        return functools.partial(make, shape, dtype=like.dtype, device=like.device)
+    empty = functools.partial(quickly, shape, like.stride(), like.dtype)
     return empty if make is torch.empty else lambda: empty().zero_()
 
 

@@ -141,9 +141,10 @@ class Output:
 
 
 def _outputs(text: str) -> tuple[bool, tuple[Output, ...]]:
-    keep = text == "keep" or text.startswith("keep, ")
-    lists = text.removeprefix("keep").removeprefix(", ").split("; ") if keep else text.split("; ")
-    return keep, tuple(Output.parse(name, of) for of, names in enumerate(lists) for name in names.split(", ") if name)
+    keep = text.split(", ", maxsplit=1)[0] == "keep"
+    rest = text.removeprefix("keep").removeprefix(", ") if keep else text
+    lists = rest.split("; ") if rest else []
+    return keep, tuple(Output.parse(name, of) for of, names in enumerate(lists) for name in names.split(", "))
 
 
 @dataclass(frozen=True)

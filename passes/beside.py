@@ -102,13 +102,15 @@ def _users(tensor: Node) -> set[Node]:
 
 
 def _anchor(first: _Cast, other: _Cast, place: Mapping[Node, int]) -> Node | None:
-    """The first reader of either, if all that both read is there before it: then neither waits for the other's result."""
+    """The first reader of either, if all that both read is there before it: then neither waits for the other's result. None in
+    another phase, which would have to keep what they read in place of what they write."""
     readers = [reader for each in (first, other) for part in each.node.users for reader in part.users]
     if not readers:
         return None
     anchor = min(readers, key=place.__getitem__)
     needed = [*first.tensors, *other.tensors, *(each.call.seed for each in (first, other) if each.call.seed is not None)]
-    return anchor if all(place[each] < place[anchor] for each in needed) else None
+    ready = all(place[each] < place[anchor] for each in needed)
+    return anchor if ready and is_backward(anchor) == is_backward(first.node) else None
 
 
 def _joined(graph: Graph, first: _Cast, other: _Cast, anchor: Node) -> Node:

@@ -61,6 +61,8 @@ def test_text_parses_back(text: str) -> None:
         ("cast x0:bf16 = neg(x0); abs(x0) as bf16 -> keep, e4m3:row|1; e4m3:row|1", "keeps no result"),
         ("cast x0:bf16 x1:f32[c] = x0; x1 as bf16 -> e4m3:row|1; e4m3:row|1", "x1 reads no matrix"),
         ("requant e4m3:row|1 as bf16 -> e4m3:row|1; e4m3:row|1", "one matrix"),
+        ("cast x0:bf16 = x0 as bf16 -> e4m3:row|1, ", "is not a cast"),
+        ("cast x0:bf16 x1:bf16 = x0; x1 as bf16 -> e4m3:row|1; ", "is not a cast"),
         ("requant e4m3:row|1 -> e4m3:row|1", "no requant kernel"),
         ("gemm hp @ hp", "no gemm kernel"),
         ("gemm hp~ @ hp -> bf16", "nothing to decode"),
