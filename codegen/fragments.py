@@ -135,7 +135,7 @@ def checked_scale(scale, peak_bits):
         elif quant.rule is Rule.UP:
             value = f"{self._power_of_two_above(quant.target)}(peak_bits)"
         else:
-            value = self._over(quant.target, dtype)
+            value = self.over(quant.target, dtype)
             value = f"{self.power_of_two(quant.rule)}({value})" if quant.pow2 else value
         zero = " * (peak_bits > 0)" if quant.pow2 else ""
         peak = "" if quant.rule is Rule.UP else "    peak = peak_bits.to(tl.float32, bitcast=True)\n"
@@ -146,7 +146,7 @@ def block_scale(peak_bits):
 '''
         return self.numbered("block_scale", text)
 
-    def _over(self, divisor: float, dtype: torch.dtype) -> str:
+    def over(self, divisor: float, dtype: torch.dtype) -> str:
         """The quotient of `peak`, a number of the dtype, and a constant, correctly rounded."""
         if self.interpreted or not arithmetic.mends(divisor, dtype):
             return f"tl.div_rn(peak, {divisor!r})"

@@ -77,7 +77,7 @@ class Group:
             if view.rotations != (None, None):
                 self.turns[view.index] = emit_turn(view, source.dtype, fragments)
         self.writes = [emit_write(view, source.dtype, fragments, self._twin(view)) for view in views]
-        self.drawn = [each for view in views for each in emit_drawn(view, fragments)]
+        self.drawn = [each for view in views for each in emit_drawn(view, source.dtype, fragments)]
         self.parts = parts
         # Where a rotation's matrix is as large as a tile, a program makes it once for several.
         self.steps = self._steps if any(map(_wide, views)) else 1
@@ -276,17 +276,25 @@ class Group:
             rows, cols = (not extent.divides(size) for extent, size in zip(self.extents, tile, strict=True))
             sizes = ", ".join(each.text for each in (self.extents if rows else self.extents[1:]))
             function.add(f"{self.fragments.store(rows, cols)}({function.take(written)}, x, {row}, {col}, {sizes})")
+        tensors = {self._tensor_bits(view): self.peaks[view.index] for view in views if view.quant.outer is not None}
+        function.add(*(f"{name} = tl.load({self._pointer(peaks)})" for name, peaks in tensors.items()))
         made: set[str] = set()
         for view in views:
             write = self.writes[self.views.index(view)]
             self._tile_of(view, view.tile_name, function, made)
             at = f"{col}, {row}" if view.output.transposed else f"{row}, {col}"
             passed = [self._passed(each, view) for each in write.arguments]
-            function.take(*(each.partition(" ")[0] for each in passed))
+            function.take(*(each.partition(" ")[0] for each in passed if not each.startswith("tensor_bits")))
             function.add(f"{write.name}({', '.join([view.tile_name, at, *passed, *self.sizes])})")
+
+    def _tensor_bits(self, view: View) -> str:
+        """The variable that holds the amax of the whole matrix that a view makes."""
+        return f"tensor_bits_{self.distinct.index(self.peaks[view.index])}"
 
     def _passed(self, name: str, view: View) -> str:
         """How a kernel calls what a function of a view takes."""
         if name == "peaks":
             return self._pointer(self.peaks[view.index])
+        if name == "tensor_bits":
+            return self._tensor_bits(view)
         return name if name == "seed" else f"{name}_{view.index}"

@@ -13,6 +13,7 @@ from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import stream_key, uniform
 from lpcompile.codegen.views import Blocks, View, origin
 from lpcompile.errors import KernelError
+from lpcompile.exact import magic, step_of
 from lpcompile.formats import E2M1, E4M3, EDEN_CLIP, EDEN_GROUP, Rounding, Rule
 
 assert __name__ == "lpcompile.codegen.rules", "import it as lpcompile.codegen, not as codegen"
@@ -26,7 +27,7 @@ def add_scale(view: View, dtype: torch.dtype, fragments: Fragments, function: Fu
     quant = view.quant
     _add_peaks(view, fragments, function)
     if quant.rule is Rule.EDEN:
-        return _eden(view, fragments, function)
+        return _eden(view, dtype, fragments, function)
     if quant.outer is not None:
         return _two_level(view, fragments, function)
     return _one_level(view, dtype, fragments, function)
@@ -35,11 +36,12 @@ def add_scale(view: View, dtype: torch.dtype, fragments: Fragments, function: Fu
 def _add_peaks(view: View, fragments: Fragments, function: Function) -> None:
     """`peak_bits`: one a block; `tensor_bits` of a scale above them."""
     blocks, quant = view.blocks, view.quant
-    if view.peak_block is not None and view.output.carrier is None:
+    if quant.outer is not None:
+        # Loaded by the kernel, before any output is stored: what two outputs have in common is computed once then.
+        function.add(f"tensor_bits = tl.full({(1,) * len(blocks.shape)}, {function.take('tensor_bits')}, tl.int32)")
+    elif view.peak_block is not None and view.output.carrier is None:
         loaded = load_peaks(view, view.peak_block, fragments, function)
-        name = "tensor_bits" if quant.outer is not None else "peak_bits"
-        shape = blocks.beside(loaded) if quant.outer is None else f"tl.reshape({loaded}, {(1,) * len(blocks.shape)})"
-        function.add(f"{name} = {shape if len(blocks.shape) != 2 else loaded}")
+        function.add(f"peak_bits = {blocks.beside(loaded) if len(blocks.shape) != 2 else loaded}")
     if quant.outer is not None or view.output.carrier is not None or view.peak_block is None:
         function.add(f"peak_bits = {blocks.reduced(f'{fragments.magnitude_bits()}(x)')}")
 
@@ -155,71 +157,97 @@ def _two_level(view: View, fragments: Fragments, function: Function) -> str:
     noise = ", noise" if quant.rounding.stochastic else ""
     grid = fragments.grid(quant.elem, quant.rounding)
     target = quant.target * (4.0 / 6.0)
-    errors = [
-        view.blocks.reduced(f"squared_error({name}, {factor}, x)", "tl.sum")
-        for name, factor in (("grid", "scale * factor"), ("grid_4", "scale_4 * factor"))
-    ]
-    fragments.add(
-        "squared_error",
-        '''
-def squared_error(grid, factor, x):
-    """FP64: the order of an FP32 sum could decide between two scales."""
-    error = (grid * factor - x).to(tl.float64)
-    return error * error
-''',
-    )
+    if 0 in view.block:
+        raise KernelError(f"{view.output}: {quant.rule} of blocks that span an axis is not generated")
+    length = view.block[0] * view.block[1]
+    error = _squared_error(fragments, step_of(quant, length))
+    errors = [view.blocks.reduced(f"{error}({g} - x * {inverse})", "tl.sum") for g, inverse in _CANDIDATES]
     function.add(
         f"grid = {grid}(x * inverse{noise})",
         f"scale_4, inverse_4 = {scale}(peak_bits, encode, {target!r}, {1 / target!r})",
         f"grid_4 = {grid}(x * inverse_4{noise})",
-        "factor = reciprocal(encode)",
-        f"four = {errors[1]} < {errors[0]}",
+        f"error = {errors[0]} * scale * scale",
+        f"error_4 = {errors[1]} * scale_4 * scale_4",
+        "# A block that vanishes under the smaller scale may live under the larger.",
+        "four = (error_4 < error) | (scale == 0)",
         "scale = tl.where(four, scale_4, scale)",
         "grid = tl.where(four, grid_4, grid)",
     )
     return "outer == outer"
 
 
+_CANDIDATES = (("grid", "inverse"), ("grid_4", "inverse_4"))
+
+
+def _squared_error(fragments: Fragments, step: float) -> str:
+    return fragments.add(
+        "squared_error",
+        f'''
+def squared_error(distance):
+    """In steps of {step!r}, of which FP32 adds as many as a block has exactly, in any order."""
+    distance = (distance + {magic(step)!r}) - {magic(step)!r}
+    return distance * distance
+''',
+    )
+
+
 # ---- MS-EDEN -----------------------------------------------------------------------------------------------------
 
 
-def _eden(view: View, fragments: Fragments, function: Function) -> str:
+def _eden(view: View, dtype: torch.dtype, fragments: Fragments, function: Function) -> str:
     quant, blocks = view.quant, view.blocks
     reach = quant.target / EDEN_CLIP
     round_scale = fragments.grid(E4M3, Rounding.RTNE, nan=True)
+    step = step_of(quant, view.block[0] * view.block[1])
     function.add(
-        f"outer = tl.div_rn(tensor_bits.to(tl.float32, bitcast=True), {256.0 * reach!r})",
+        "peak = tensor_bits.to(tl.float32, bitcast=True)",
+        f"outer = {fragments.over(256.0 * reach, dtype)}",
         'outer = tl.where(tensor_bits < 0x7F800000, tl.where(outer > 0, outer, 1.0), float("nan"))',
         f"scale = {round_scale}({fragments.divide()}(peak_bits.to(tl.float32, bitcast=True), outer * {reach!r}))",
         "scale = tl.where(scale == 0, 1.0, scale)",
-        f"scaled = {fragments.divide()}(x, scale * outer)",
+        f"scaled = x * {fragments.bounded_reciprocal()}(scale * outer)",
         f"grid = {fragments.grid(E2M1, Rounding.RTNE)}(scaled)",
-        "# FP64: the order of an FP32 sum could change a rounded scale.",
-        "wide = scaled.to(tl.float64)",
+        f"# In steps of which FP32 adds as many as a block has exactly, in any order; integers add those of {EDEN_GROUP}.",
+        f"steps = (scaled + {magic(step)!r}) - {magic(step)!r}",
     )
     along = 1 if view.axis == 1 else 0
     group = EDEN_GROUP // view.block[along]
     counts = blocks.counts
     if counts[along] % group:
         raise KernelError(f"{view.output}: {EDEN_GROUP} elements of a row are corrected together, tiles have fewer")
-    for name, value in (("power", "wide * wide"), ("product", "wide * grid.to(tl.float64)")):
-        function.add(f"{name} = {blocks.as_matrix(blocks.reduced(value, 'tl.sum'))}")
-        function.add(f"{name} = {_group_sum(fragments, along)}({name}, {group})")
+    for name, value, unit in (("power", "steps * steps", step * step), ("product", "steps * grid", step / 2)):
+        summed = blocks.as_matrix(blocks.reduced(value, "tl.sum"))
+        function.add(f"{name} = ({summed} * {1 / unit!r}).to(tl.int32)")
+        function.add(f"{name} = {_group_sum(fragments, along)}({name}, {group}).to(tl.float32) * {unit!r}")
     row, col = origin(view.block)
     transposed = view.output.transposed
     shape = counts[::-1] if transposed else counts
     place = (col, row) if transposed else (row, col)
     extent = view.scale_extents[0 if transposed else 1]
     noise = uniform(fragments, False, extent)
-    drawn = f"{noise}({add_key(view, fragments, function)}, {place[0]}, {place[1]}, {extent.text}, {shape[0]}, {shape[1]})"
+    where = f"{place[0]}, {place[1]}, {extent.text}, {shape[0]}, {shape[1]}"
+    drawn = f"{_settled(fragments)}({noise}({add_key(view, fragments, function)}, {where}))"
     function.add(
-        "correction = tl.where(product > 0, power / product, 1.0).to(tl.float32)",
+        f"correction = tl.where(product > 0, {fragments.divide()}(power, product), 1.0)",
         f"corrected = {blocks.as_matrix('scale')} * correction",
         "corrected = tl.where(corrected > 448.0, 448.0, corrected)",
         f"noise = {f'tl.trans({drawn})' if transposed else drawn}",
         f"scale = {blocks.beside(f'{fragments.grid(E4M3, Rounding.SR, nan=True)}(corrected, noise)')}",
     )
     return "outer == outer"
+
+
+def _settled(fragments: Fragments) -> str:
+    """A function that lets numbers be handed to the threads that need them, where a compiler would have each thread draw
+    again, four numbers for each that it takes."""
+    return fragments.add(
+        "settled",
+        '''
+def settled(x):
+    """x, which is made in one place: no layout is carried back across a reduction, here of two that are equal."""
+    return tl.max(tl.join(x, x), axis=2)
+''',
+    )
 
 
 def _group_sum(fragments: Fragments, along: int) -> str:

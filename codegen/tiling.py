@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lpcompile.codegen.source import Schedule, Sizes, next_power_of_two
-from lpcompile.codegen.turn import fits
+from lpcompile.codegen.turn import GATHERS, fits
 from lpcompile.errors import KernelError
 from lpcompile.formats import EDEN_GROUP, Rule
 from lpcompile.kernel import CastKernel, DecodeKernel, Output, RequantKernel
@@ -32,8 +32,9 @@ def cast_schedules(kernel: CastKernel | RequantKernel | DecodeKernel, sizes: Siz
     """Tilings worth a measurement, the expected best first. Raises KernelError where no tile fits."""
     casts, needs = _needs(kernel)
     outputs = () if isinstance(kernel, DecodeKernel) else kernel.outputs
-    heavy = any(_heavy(output.cast) for output in outputs)
-    elements = min((_elements(output.cast) for output in outputs), default=_ELEMENTS)
+    gathered = isinstance(kernel, CastKernel) and target.name == GATHERS
+    elements = min((_elements(output.cast, gathered) for output in outputs), default=_ELEMENTS)
+    heavy = elements < _ELEMENTS
     if isinstance(kernel, CastKernel) and not kernel.plain and any(_two_peaks(output.cast) for output in outputs):
         elements = min(elements, _ELEMENTS // 2)
     found: list[Schedule] = []
@@ -126,21 +127,18 @@ _TURNED = 32
 _REGISTERS = (128, 168)
 
 
-def _elements(cast: Cast) -> int:
-    """Elements of a tile that a thread holds beside what else lives in registers: candidates, FP64, random words."""
-    if cast.quant.rule is Rule.FOUR_SIX:
-        return _ELEMENTS // 4
-    return _ELEMENTS // 2 if cast.quant.rule is Rule.EDEN or cast.quant.rounding.stochastic else _ELEMENTS
+def _elements(cast: Cast, gathered: bool) -> int:
+    """Elements of a tile that a thread holds beside what else lives in registers: candidates, random words, and MS-EDEN's
+    scales and sums where threads share a block. gathered: a thread has whole blocks of what is turned, and nothing else."""
+    many = cast.quant.rounding.stochastic or cast.quant.rule is Rule.FOUR_SIX
+    many = many or (cast.quant.rule is Rule.EDEN and not gathered)
+    return _ELEMENTS // 2 if many else _ELEMENTS
 
 
 def _two_peaks(cast: Cast) -> bool:
     """True where an amax of the turned tile is found beside others: behind a prologue, whose result is kept meanwhile, that
     spills where a thread holds many elements."""
     return cast.quant.outer is not None and cast.rotations != (None, None)
-
-
-def _heavy(cast: Cast) -> bool:
-    return _elements(cast) < _ELEMENTS
 
 
 def _shrunk(tile: tuple[int, int], needs: tuple[int, int]) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class DrawnMatrix:
     function: Function
 
 
-def emit_drawn(view: View, fragments: Fragments) -> list[DrawnMatrix]:
+def emit_drawn(view: View, dtype: torch.dtype, fragments: Fragments) -> list[DrawnMatrix]:
     """The kernels that must run before a view's tile is turned."""
     found = []
     for axis, rotation in enumerate(view.output.cast.rotations):
@@ -63,7 +63,8 @@ def emit_drawn(view: View, fragments: Fragments) -> list[DrawnMatrix]:
             name, spin, size = f"matrix_{axis}_{view.index}", f"spin_{axis}_{view.index}", rotation.block
             function = Function(f"draw_{axis}_{view.index}", f"The matrix of {rotation}.", (), [name, "seed", spin])
             drawn = signs(fragments, rotation, "seed", spin, size)
-            function.add(f"matrix = {matrix_fragment(fragments)}({size}, {size}) * {drawn}[:, None]")
+            made = matrix_fragment(fragments, _gathers(view, axis, rotation, dtype, fragments))
+            function.add(f"matrix = {made}({size}, {size}) * {drawn}[:, None]")
             function.add(f"tl.store({name} + {_square(size)}, matrix.to(tl.bfloat16))")
             found.append(DrawnMatrix(name, size, function))
     return found
@@ -86,9 +87,10 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
     block, size = rotation.block, max(rotation.block, 16)
     flip = axis != (0 if view.output.transposed else 1)
     tile = view.tile[::-1] if flip else view.tile
+    gathers = _gathers(view, axis, rotation, dtype, fragments)
     if tile[1] % size:
         raise KernelError(f"{view.output}: a tile of {tile[1]} has no whole blocks of {size} to turn")
-    matrix = f"{matrix_fragment(fragments)}({block}, {size})"
+    matrix = f"{matrix_fragment(fragments, gathers)}({block}, {size})"
     if _from_memory(rotation):
         matrix = f"tl.load(matrix_{axis} + {_square(size)})"
     elif rotation.signs is not Signs.NONE:
@@ -97,7 +99,8 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
 
     def product(value: str, matrix: str, left: bool = False) -> str:
         name = product_fragment(dtype, fragments, left)
-        return f"x = {fragments.rounded(f'({name}({value}, {matrix}) * {scale!r})', dtype, widened=True)}"
+        turned = fragments.rounded(f"({name}({value}, {matrix}) * {scale!r})", dtype, widened=True)
+        return f"x = {_in_order(fragments)}({turned})" if gathers else f"x = {turned}"
 
     flat = (tile[0] * tile[1] // size, size)
     if flip and flat == tile and not _in_threads(view, dtype, fragments):
@@ -110,6 +113,36 @@ def _along(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragme
     return [*lines, *(["x = tl.trans(x)"] if flip else [])]
 
 
+def _gathers(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, fragments: Fragments) -> bool:
+    """True where the matrix has its columns in an order that leaves sixteen neighbours of a turned row in one thread.
+
+    A warpgroup's product leaves pairs, eight columns apart, in each of four lanes. They would share a block: each would find
+    its scale, and all of them exchange its amax and its sums. Smaller rotations stay as they are: several in one matrix
+    would spread what is not finite from one to the other.
+    """
+    if not (fragments.interpreted or fragments.target.name == GATHERS):
+        return False
+    along = 1 - axis if view.output.transposed else axis
+    from_right = along == 1 or view.tile[0] != rotation.block or _in_threads(view, dtype, fragments)
+    return from_right and rotation.block >= 64 and view.block[along] in (16, 32)
+
+
+GATHERS = "sm_90"
+
+
+def _in_order(fragments: Fragments) -> str:
+    """A function that gives columns their places back, which moves nothing: threads keep what they have."""
+    return fragments.add(
+        "in_order",
+        '''
+def in_order(x):
+    """Columns of a product with a matrix that was spread, as they belong; they stay in their threads."""
+    parts = tl.reshape(x, (x.shape[0], x.shape[1] // 64, 8, 4, 2))
+    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), x.shape)
+''',
+    )
+
+
 def _in_threads(view: View, dtype: torch.dtype, fragments: Fragments) -> bool:
     """True where a thread should hold neighbours along the rows that are turned, because blocks lie along them: there
     products leave neighbours along their columns in a thread, and so come from the right, transposed."""
@@ -119,15 +152,19 @@ def _in_threads(view: View, dtype: torch.dtype, fragments: Fragments) -> bool:
 _BY_ROWS = ("sm_90", "sm_100")  # a warpgroup's product leaves a row in few threads
 
 
-def matrix_fragment(fragments: Fragments) -> str:
-    """A function (order, size) -> matrix of +-1 in FP32."""
-    return fragments.add(
+def matrix_fragment(fragments: Fragments, gathers: bool = False) -> str:
+    """A function (order, size) -> matrix of +-1 in FP32. gathers: with its columns in the order that `in_order` undoes."""
+    about, place = "", ""
+    if gathers:
+        about = "\n\n    Four lanes of a warpgroup's product hold pairs of columns: here each holds sixteen neighbours.\n    "
+        place = "\n    col = col // 64 * 64 + col // 2 % 4 * 16 + col // 8 % 8 * 2 + col % 2"
+    return fragments.numbered(
         "hadamard",
-        '''
+        f'''
 def hadamard(BLOCK: tl.constexpr, SIZE: tl.constexpr):
-    """Sylvester's matrix of +-1 of order BLOCK."""
+    """Sylvester's matrix of +-1 of order BLOCK.{about}"""
     row = tl.arange(0, SIZE)[:, None]
-    col = tl.arange(0, SIZE)[None, :]
+    col = tl.arange(0, SIZE)[None, :]{place}
     # The entry is -1 where row and column have an odd number of bits in common; bit i of 0x6996 is set for odd i.
     common = row & col & (BLOCK - 1)
     odd = 0x6996 >> ((common ^ (common >> 4)) & 15)

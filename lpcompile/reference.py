@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcompile.errors import FormatError
+from lpcompile.exact import in_steps, step_of
 from lpcompile.formats import E8M0, EDEN_CLIP, EDEN_GROUP, F32, Elem, Float, Int, Quant, Rounding, Rule, Special
 
 _BITS = {torch.float32: (torch.int32, 23, 127), torch.float64: (torch.int64, 52, 1023)}
@@ -244,13 +245,13 @@ def _quantize_two_level(blocks: Tensor, quant: Quant, noise: Tensor | None) -> t
         return scale, outer, grid
     scale4, values4 = _two_level(blocks, quant, quant.target * (4.0 / 6.0), encode)
     grid4 = round_to_grid(values4, quant.elem, quant.rounding, noise)
-    factor = 1.0 / encode
-    # Summed in FP64: in FP32 the order of the sum, which is nobody's to promise, could decide between 4 and 6.
+    step = step_of(quant, blocks.shape[-1] * blocks.shape[-3])
     error, error4 = (
-        (g * (s * factor) - blocks).double().square().sum(dim=(-3, -1), keepdim=True)
-        for g, s in ((grid, scale), (grid4, scale4))
+        in_steps(g - v, step).square().sum(dim=(-3, -1), keepdim=True) * s * s
+        for g, v, s in ((grid, values, scale), (grid4, values4, scale4))
     )
-    four = error4 < error
+    # A block that vanishes under the smaller scale may live under the larger.
+    four = (error4 < error) | (scale == 0)
     return torch.where(four, scale4, scale), outer, torch.where(four, grid4, grid)
 
 
@@ -259,6 +260,7 @@ def _quantize_eden(blocks: Tensor, quant: Quant, noise: Tensor) -> tuple[Tensor,
 
     Codes are rounded to nearest; each row's group of 128 elements is then stretched by <y, y> / <y, v>, so that rotating,
     quantising and averaging over random signs gives back the tensor. The stretched scales are rounded stochastically.
+    In both sums y is taken in steps (`exact`), 1/64 for blocks of 16: that moves the quotient by about 2e-4, to either side.
     """
     peak = amax(blocks).amax(dim=(-4, -2), keepdim=True)
     reach = quant.target / EDEN_CLIP
@@ -266,16 +268,17 @@ def _quantize_eden(blocks: Tensor, quant: Quant, noise: Tensor) -> tuple[Tensor,
     outer = torch.where(peak < float("inf"), torch.where(outer > 0, outer, 1.0), float("nan"))
     scale = round_to_grid(amax(blocks) / (outer * reach), quant.scale)
     scale = torch.where(scale == 0, 1.0, scale)
-    values = blocks / (scale * outer)
+    values = blocks * torch.clamp(1.0 / (scale * outer), max=_FLT_MAX)
     grid = round_to_grid(values, quant.elem)
-    # FP64: the order of an FP32 sum is nobody's to promise, and one bit of it could change a rounded scale.
-    wide = values.double()
     along = 3 if blocks.shape[-1] > 1 or blocks.shape[-3] == 1 else 1
-    count = EDEN_GROUP // (blocks.shape[-1] * blocks.shape[-3])
+    length = blocks.shape[-1] * blocks.shape[-3]
+    steps = in_steps(values, step_of(quant, length))
+    # FP32 holds the sums of a block; FP64 adds a few of those exactly.
     power, product = (
-        _group_sum((wide * other).sum(dim=(-3, -1), keepdim=True), along, count) for other in (wide, grid.double())
+        _group_sum((steps * other).sum(dim=(-3, -1), keepdim=True).double(), along, EDEN_GROUP // length).to(torch.float32)
+        for other in (steps, grid)
     )
-    correction = torch.where(product > 0, power / product, 1.0).to(torch.float32)
+    correction = torch.where(product > 0, power / product, 1.0)
     corrected = torch.clamp(scale * correction, max=quant.scale.max)
     return round_to_grid(corrected, quant.scale, Rounding.SR, noise), outer, grid
 

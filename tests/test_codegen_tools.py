@@ -43,7 +43,7 @@ def test_an_entry_is_compiled_for_another_machine():
 
 def test_a_tile_that_is_turned_is_tried_with_fewer_registers():
     target, sizes = find_target("sm_90"), Sizes.of(256, 256)
-    kernel = parse("cast x0:bf16 = x0 as bf16 -> e4m3:1x32:e8m0:up|1|1:h128, e4m3:1x32:e8m0:up|0|0:h128'")
+    kernel = parse("cast x0:bf16 = x0 as bf16 -> e4m3:1x128|1|1:h128, e4m3:1x128|0|0:h128'")
     free, capped, *_ = schedules(kernel, sizes, target)
     assert (free.registers, capped.registers) == (0, 128) and "at most 128 registers" in str(capped)
     wide, narrow = (emit(kernel, sizes, target, each) for each in (free, capped))
@@ -308,6 +308,7 @@ GOLDENS = [
     ("cast", "nvfp4 sr", "sm_100"),
     ("cast", "quest", "sm_120"),
     ("cast", "quest carried", "sm_90"),
+    ("cast", "eden", "sm_90"),
     ("requant", "quartet", "sm_100"),
     ("decode", "nvfp4", "sm_90"),
 ]
