@@ -82,8 +82,9 @@ def _add_rounded(
     before = "grid" if on_grid else "scaled"
     late = twin and quant.packed and not on_grid
     comment = "# A block that is not finite has codes 0; its scale says so."
-    if not late and not (view.output.decoded and quant.pow2 and folds(quant)):
-        # What is multiplied with a scale that is NaN needs no care.
+    # What is multiplied with a scale that is NaN needs no care; one level has such, and so has MS-EDEN.
+    spoilt = view.output.decoded and folds(quant) and (quant.pow2 or quant.rule is Rule.EDEN)
+    if not late and not spoilt:
         function.add(comment, f"{before} = tl.where({valid}, {before}, 0.0)")
     if not on_grid:
         function.add(f"{name} = {rounded('scaled')}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from casting import check, run, sample
+from casting import bits, check, run, sample
 
 from lpcompile import ops
 from lpcompile.carrier import carrying
@@ -110,3 +110,12 @@ def test_from_the_right_where_blocks_lie_along_the_turned_rows(output: str, monk
     for targets in (("sm_90",), ("interpret",)):
         monkeypatch.setattr(turn, "_BY_ROWS", targets)
         check(*run(BF16 + output, inputs, **RANDOM))
+
+
+def test_values_of_ms_eden_that_are_not_finite() -> None:
+    """Their scales are no numbers, so that whatever codes they multiply is none either."""
+    found, wanted = run(f"{BF16}{NVFP4}:eden|0|0:h128drawn~", [whole((130, 130), torch.bfloat16, broken=True)], **RANDOM)
+    assert all(torch.equal(bits(each), bits(other)) for each, other in zip(found, wanted, strict=True))
+    assert found[0].isnan().all() and found[1].isnan().all()
+    found, _ = run(f"{BF16}{NVFP4}:eden|0|0:h128drawn~", [whole((130, 130), torch.bfloat16)], **RANDOM)
+    assert found[0].isfinite().all()
