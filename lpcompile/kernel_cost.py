@@ -32,7 +32,7 @@ ONE_WAY, BOTH_WAYS = 0.88, 0.84
 ACROSS, SQUARES = 0.65, 0.77
 PACKED, PACKED_BOTH, CARRIED, AGAIN = 0.64, 0.39, 0.42, 0.22
 RANDOM, RANDOM_BYTE = 0.26, 0.45
-FOUR_SIX, EDEN, EDEN_AGAIN = 0.6, 0.3, 0.165
+FOUR_SIX, EDEN, EDEN_AGAIN = 0.6, 0.54, 0.22
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
 # A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits: in
