@@ -176,7 +176,7 @@ def device(monkeypatch, tmp_path):
         calls.append(schedule)
         if schedule in (THIRD, FOURTH):
             raise KernelError("out of shared memory")
-        return {FIRST: 20.0, SECOND: 10.0}[schedule]
+        return {FIRST: 20.0, SECOND: 10.0}[schedule], 1.0
 
     class Generated:
         def __init__(self, schedule):
@@ -188,6 +188,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tune, "schedules", lambda *_: (FIRST, SECOND, THIRD))
     monkeypatch.setattr(tune, "emit", lambda _kernel, _sizes, _target, schedule: schedule)
     monkeypatch.setattr(tune.module, "load", Generated)
+    monkeypatch.setattr(tune, "quick", lambda generated: generated.launch)
     monkeypatch.setattr(tune, "measurable", lambda _: True)
     monkeypatch.setattr(tune, "_microseconds", microseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
@@ -215,10 +216,36 @@ def test_the_fastest_schedule_is_measured_once(device, monkeypatch):
     assert choose(512, 512, 512) == FIRST
 
 
+@pytest.mark.parametrize(
+    ("vendor", "ours", "best"),
+    [
+        ((190.0, 60.0), (200.0, 12.0), "ours"),  # the host would take longer than a fast step of such kernels
+        ((1267.0, 60.0), (1310.0, 12.0), "vendor"),  # hidden
+        ((5.0, 12.0), (7.0, 12.3), "vendor"),  # the host decides, and takes as long for both
+        ((5.0, 12.3), (7.0, 12.0), "vendor"),
+        ((5.0, 60.0), (200.0, 12.0), "ours"),
+        ((5.0, 60.0), (400.0, 12.0), "vendor"),
+    ],
+)
+def test_a_launch_that_takes_the_host_long_wins_where_its_kernel_hides_it(vendor, ours, best):
+    found = dict(zip(("vendor", "ours"), (vendor, ours), strict=True))
+    times, host = ({name: pair[i] for name, pair in found.items()} for i in range(2))
+    assert tune._best(times, host) == best
+    assert tune._best(times, dict.fromkeys(times, 0.0)) == min(times, key=lambda name: times[name])
+
+
 def test_a_kernel_without_a_schedule_is_an_error(device, monkeypatch):
     monkeypatch.setattr(tune, "schedules", lambda *_: (THIRD, FOURTH))
     with pytest.raises(KernelError, match=r"no schedule runs on this device.*out of shared memory"):
         choose(512, 512, 512)
+
+
+def test_what_is_measured_is_launched_as_it_runs_later(device, monkeypatch):
+    """From notes: Triton's look-up takes longer than a small kernel, and would decide between two of them."""
+    asked = []
+    monkeypatch.setattr(tune, "quick", lambda generated: asked.append(generated) or generated.launch)
+    choose(512, 512, 512)
+    assert [each.launch.schedule for each in asked] == [FIRST, SECOND, THIRD]
 
 
 def test_a_damaged_record_is_measured_again(device, tmp_path):
