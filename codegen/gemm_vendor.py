@@ -2,7 +2,7 @@
 
     mm          plain or decoded operands without further scales: torch.mm, torch.addmm
     scaled_mm   FP8 with FP32 scales per tensor or per row: torch._scaled_mm
-    blockwise   FP8 with 1x128 FP32 scales on both sides: torch.nn.functional.scaled_mm (cuBLAS on Hopper)
+    blockwise   FP8 with 1x128 FP32 scales, on the right 128x128 too: torch.nn.functional.scaled_mm (cuBLAS on Hopper)
     int_mm      INT8: torch._int_mm, and `added` for the scales
 
 `scaled_mm` sums on Hopper in the tensor cores' own accumulator (fast accumulation, about 22 bits), as the generated kernels do
@@ -62,11 +62,11 @@ def _fp8(plan: Plan) -> str:
     if all(o.deferred for o in plan.operands):
         blocks = {o.side.outer_block() for o in plan.operands}
         return "scaled_mm" if blocks in ({0}, {1}) else ""
-    groups = {(o.group, o.side.outer_block()) for o in plan.operands}
-    # Its scales lie along the outer axes, in rows of 16 bytes.
-    rows = plan.sizes.divides(16, 0) and plan.sizes.divides(128, 2)
-    hopper = plan.target.name == "sm_90" and rows and not plan.kernel.bias
-    return "blockwise" if groups == {(128, 1)} and hopper else ""
+    # Its scales of rows lie along the outer axes, those of squares along the contraction, in rows of 16 bytes.
+    squares = plan.b.side.outer_block() == 128
+    rows = plan.sizes.divides(16, 0) and plan.sizes.divides(512 if squares else 128, 2)
+    grouped = [(o.group, o.side.outer_block()) for o in plan.operands] == [(128, 1), (128, 128 if squares else 1)]
+    return "blockwise" if grouped and rows and plan.target.name == "sm_90" and not plan.kernel.bias else ""
 
 
 def vendor_text(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Schedule) -> str:
@@ -129,12 +129,17 @@ def _scaled_mm(plan: Plan) -> list[str]:
 
 
 def _blockwise(plan: Plan) -> list[str]:
+    squares = plan.b.side.outer_block() == 128
+    turned = "s.T.clone(memory_format=torch.contiguous_format).T"
+    both = f"a_scale, b_scale = ({turned} for s in (a_scale, b_scale))"
     return [
-        "recipe = torch.nn.functional.ScalingType.BlockWise1x128",
+        "kinds = torch.nn.functional.ScalingType",
         "# The library reads scales along the outer axis; a clone, because one row would count as contiguous as it is.",
-        "a_scale, b_scale = (s.T.clone(memory_format=torch.contiguous_format).T for s in (a_scale, b_scale))",
+        f"a_scale = {turned.replace('s.T', 'a_scale.T')}" if squares else both,
+        f"recipes = kinds.BlockWise1x128, kinds.BlockWise{'128x128' if squares else '1x128'}",
         "multiply = torch.nn.functional.scaled_mm",
-        f"return [multiply(a, b.T, a_scale, recipe, b_scale, recipe, output_dtype={plan.kernel.out})]",
+        f"scales = a_scale, recipes[0], b_scale{'.T' if squares else ''}, recipes[1]",
+        f"return [multiply(a, b.T, *scales, output_dtype={plan.kernel.out})]",
     ]
 
 

@@ -162,7 +162,7 @@ def trusted(
                 # Compiles it, so that a schedule that does not fit shows here.
                 given = call()
                 module.load(source).launch(given.inputs, given.sizes, given.seed, given.uses, given.spins)
-        except tune.failures() as error:
+        except tune.failures(schedule) as error:
             errors[" ".join(str(error).split())] = None
             continue
         tune.settle(kernel, sizes, schedule)

@@ -116,7 +116,7 @@ def _measured(
     for schedule, future in zip(candidates, compiled, strict=True):
         try:
             times[str(schedule)], host[str(schedule)] = _microseconds(future.result(), device)
-        except failures() as error:
+        except failures(schedule) as error:
             errors.append(f"{schedule}: {error}")
     if not times:
         raise KernelError(f"{kernel}: no schedule runs on this device. {'; '.join(errors)}")
@@ -159,13 +159,16 @@ def _microseconds(run: Callable[[], Any], device: torch.device) -> tuple[float, 
     return statistics.median(times), min(host)
 
 
-def failures() -> tuple[type[BaseException], ...]:
-    """What emission, compilation and launch of a schedule raise that does not fit the device or the installed Triton."""
+def failures(schedule: Schedule | None = None) -> tuple[type[BaseException], ...]:
+    """What emission, compilation and launch of a schedule raise that does not fit the device or the installed Triton, or
+    whose function this torch does not offer."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
     # The last two: Triton's experimental parts, which generated text may use, come and go with its versions.
-    return KernelError, CompilationError, OutOfResources, PTXASError, ImportError, AttributeError
+    own = KernelError, CompilationError, OutOfResources, PTXASError, ImportError, AttributeError
+    # torch refuses by these what it was built without.
+    return (*own, RuntimeError, ValueError) if schedule is not None and schedule.vendor else own
 
 
 def measurable(device: torch.device) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cross_compile
 import pytest
 
+from lpcompile.codegen import emit
 from lpcompile.codegen.gemm_vendor import vendor_schedules
 from lpcompile.codegen.source import Sizes
 from lpcompile.kernel import GemmKernel, parse
@@ -34,9 +35,28 @@ def test_compiles_as_designed(family: str, name: str, target: str):
         assert row.compiled is not None and 0 < row.compiled.registers <= 255
 
 
-@pytest.mark.parametrize(("rows", "offered"), [(256, ["blockwise"]), (1, []), (129, [])])
-def test_the_librarys_blockwise_product_needs_aligned_scales(rows: int, offered: list[str]) -> None:
-    kernel = parse("gemm e4m3:1x128|1 @ e4m3:1x128|1' -> bf16")
+@pytest.mark.parametrize(
+    ("right", "sizes", "offered"),
+    [
+        ("1x128", (256, 64, 1024), ["blockwise"]),
+        ("1x128", (1, 64, 1024), []),
+        ("1x128", (129, 64, 1024), []),
+        ("1x128", (256, 64, 640), ["blockwise"]),
+        ("128x128", (256, 64, 1024), ["blockwise"]),
+        ("128x128", (256, 64, 640), []),
+        ("128x128", (129, 64, 1024), []),
+    ],
+)
+def test_the_librarys_blockwise_product_needs_aligned_scales(right: str, sizes: tuple[int, ...], offered: list[str]) -> None:
+    kernel = parse(f"gemm e4m3:1x128|1 @ e4m3:{right}|1' -> bf16")
     assert isinstance(kernel, GemmKernel)
-    found = vendor_schedules(kernel, Sizes.of(rows, 64, 1024), find_target("sm_90"))
+    target = find_target("sm_90")
+    found = vendor_schedules(kernel, Sizes.of(*sizes), target)
     assert [schedule.vendor for schedule in found] == offered
+    for schedule in found:
+        text = emit(kernel, Sizes.of(*sizes), target, schedule).text
+        # Scales of squares are read as they are, those of rows in another order.
+        assert f"BlockWise{right}\n" in text and ("b_scale.T, recipes[1]" in text) == (right == "128x128")
+        assert text.count("clone(") == 2  # one of them in `ready`
+    swapped = parse("gemm e4m3:128x128|1 @ e4m3:1x128|1' -> bf16")
+    assert isinstance(swapped, GemmKernel) and not vendor_schedules(swapped, Sizes.of(256, 256, 1024), target)

@@ -240,6 +240,25 @@ def test_a_kernel_without_a_schedule_is_an_error(device, monkeypatch):
         choose(512, 512, 512)
 
 
+def test_what_torch_was_built_without_is_no_candidate(device, monkeypatch):
+    """A library's function refuses by RuntimeError; from a kernel of ours that is a bug, and shows."""
+    vendor = Schedule((), vendor="blockwise")
+    refused = []
+
+    def microseconds(run, _device):
+        if run.func.schedule in refused:
+            raise NotImplementedError("needs a newer toolkit")
+        return 10.0, 1.0
+
+    monkeypatch.setattr(tune, "_microseconds", microseconds)
+    monkeypatch.setattr(tune, "schedules", lambda *_: (FIRST, vendor))
+    refused.append(vendor)
+    assert choose(512, 512, 512) == FIRST
+    refused[:] = [FIRST]
+    with pytest.raises(NotImplementedError, match="newer toolkit"):
+        choose(1024, 512, 512)
+
+
 def test_what_is_measured_is_launched_as_it_runs_later(device, monkeypatch):
     """From notes: Triton's look-up takes longer than a small kernel, and would decide between two of them."""
     asked = []
