@@ -1,9 +1,8 @@
-"""What surrounds generation: compilation without a device, examples and their comparison, choices on disk, `emit`, goldens."""
+"""What surrounds generation: compilation without a device, examples and their comparison, `emit`, goldens."""
 
 from __future__ import annotations
 
 import ast
-import contextlib
 import ctypes
 import dataclasses
 import os
@@ -17,11 +16,11 @@ import torch
 from handwritten import source
 
 from lpcompile.__main__ import main
-from lpcompile.codegen import emit, module, schedules, tune
+from lpcompile.codegen import emit, module, schedules
 from lpcompile.codegen.compile import Product, _product, compile_entry
 from lpcompile.codegen.example import exact, example, mismatch
 from lpcompile.codegen.quick import Prepared, Quick
-from lpcompile.codegen.source import Schedule, Sizes
+from lpcompile.codegen.source import Sizes
 from lpcompile.errors import KernelError
 from lpcompile.kernel import parse
 from lpcompile.layer import layer_kernels
@@ -158,139 +157,6 @@ def test_one_flipped_bit_shows_where_bits_are_defined():
     other = codes.clone()
     other.view(torch.uint8)[63, 127] ^= 1
     assert exact(kernel) and mismatch(kernel, [other, scale], [codes, scale]) is not None
-
-
-# ---- choices on disk ---------------------------------------------------------------------------------------------
-
-GEMM = "gemm e4m3:row|1 @ e4m3:row|1' -> bf16"
-FIRST, SECOND, THIRD, FOURTH = (Schedule((128, n, 128), 8, 3) for n in (64, 128, 256, 512))
-
-
-@pytest.fixture
-def device(monkeypatch, tmp_path):
-    """A GPU on which the second schedule is fastest and the third does not fit."""
-    calls = []
-
-    def microseconds(run, _device):
-        schedule = run.func.schedule
-        calls.append(schedule)
-        if schedule in (THIRD, FOURTH):
-            raise KernelError("out of shared memory")
-        return {FIRST: 20.0, SECOND: 10.0}[schedule], 1.0
-
-    class Generated:
-        def __init__(self, schedule):
-            self.launch = lambda *_: []
-            self.launch.schedule = schedule
-
-    monkeypatch.setenv("LPCOMPILE_CACHE", str(tmp_path))
-    monkeypatch.delenv("LPCOMPILE_AUTOTUNE", raising=False)
-    monkeypatch.setattr(tune, "schedules", lambda *_: (FIRST, SECOND, THIRD))
-    monkeypatch.setattr(tune, "emit", lambda _kernel, _sizes, _target, schedule: schedule)
-    monkeypatch.setattr(tune.module, "load", Generated)
-    monkeypatch.setattr(tune, "quick", lambda generated: generated.launch)
-    monkeypatch.setattr(tune, "measurable", lambda _: True)
-    monkeypatch.setattr(tune, "_microseconds", microseconds)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
-    return calls
-
-
-def choose(*sizes: int) -> Schedule:
-    kernel = parse(GEMM)
-    found = tune.ranked(kernel, sizes, find_target("sm_90"), torch.device("cuda", 0), lambda: example(kernel, (16, 16, 16)))
-    assert set(found) == set(tune.schedules())
-    return found[0]
-
-
-def test_the_fastest_schedule_is_measured_once(device, monkeypatch):
-    assert choose(512, 512, 512) == SECOND
-    assert device == [FIRST, SECOND, THIRD]
-    assert choose(512, 512, 512) == SECOND and choose(480, 512, 512) == SECOND
-    assert len(device) == 6, "480 is no multiple of 256: a bucket of its own"
-    assert choose(480, 512, 512) == SECOND and len(device) == 6
-    found = tune.winner(GEMM, (480, 512, 512))
-    assert found is not None and found.schedule == str(SECOND) and found.times == {str(FIRST): 20.0, str(SECOND): 10.0}
-    monkeypatch.setenv("LPCOMPILE_AUTOTUNE", "0")
-    assert choose(512, 512, 512) == FIRST
-
-
-@pytest.mark.parametrize(
-    ("vendor", "ours", "best"),
-    [
-        ((190.0, 60.0), (200.0, 12.0), "ours"),  # the host would take longer than a fast step of such kernels
-        ((1267.0, 60.0), (1310.0, 12.0), "vendor"),  # hidden
-        ((5.0, 12.0), (7.0, 12.3), "vendor"),  # the host decides, and takes as long for both
-        ((5.0, 12.3), (7.0, 12.0), "vendor"),
-        ((5.0, 60.0), (200.0, 12.0), "ours"),
-        ((5.0, 60.0), (400.0, 12.0), "vendor"),
-    ],
-)
-def test_a_launch_that_takes_the_host_long_wins_where_its_kernel_hides_it(vendor, ours, best):
-    found = dict(zip(("vendor", "ours"), (vendor, ours), strict=True))
-    times, host = ({name: pair[i] for name, pair in found.items()} for i in range(2))
-    assert tune._best(times, host) == best
-    assert tune._best(times, dict.fromkeys(times, 0.0)) == min(times, key=lambda name: times[name])
-
-
-def test_a_kernel_without_a_schedule_is_an_error(device, monkeypatch):
-    monkeypatch.setattr(tune, "schedules", lambda *_: (THIRD, FOURTH))
-    with pytest.raises(KernelError, match=r"no schedule runs on this device.*out of shared memory"):
-        choose(512, 512, 512)
-
-
-def test_what_torch_was_built_without_is_no_candidate(device, monkeypatch):
-    """A library's function refuses by RuntimeError; from a kernel of ours that is a bug, and shows."""
-    vendor = Schedule((), vendor="blockwise")
-    refused = []
-
-    def microseconds(run, _device):
-        if run.func.schedule in refused:
-            raise NotImplementedError("needs a newer toolkit")
-        return 10.0, 1.0
-
-    monkeypatch.setattr(tune, "_microseconds", microseconds)
-    monkeypatch.setattr(tune, "schedules", lambda *_: (FIRST, vendor))
-    refused.append(vendor)
-    assert choose(512, 512, 512) == FIRST
-    refused[:] = [FIRST]
-    with pytest.raises(NotImplementedError, match="newer toolkit"):
-        choose(1024, 512, 512)
-
-
-def test_what_is_measured_is_launched_as_it_runs_later(device, monkeypatch):
-    """From notes: Triton's look-up takes longer than a small kernel, and would decide between two of them."""
-    asked = []
-    monkeypatch.setattr(tune, "quick", lambda generated: asked.append(generated) or generated.launch)
-    choose(512, 512, 512)
-    assert [each.launch.schedule for each in asked] == [FIRST, SECOND, THIRD]
-
-
-def test_a_damaged_record_is_measured_again(device, tmp_path):
-    choose(512, 512, 512)
-    (record,) = tmp_path.glob("schedule_*.json")
-    record.write_text("half a")
-    assert choose(512, 512, 512) == SECOND and len(device) == 6
-
-
-def test_self_tests_are_remembered_by_output(device, monkeypatch):
-    tried = []
-    monkeypatch.setattr(
-        tune, "self_test", lambda kernel, *_: tried.append(str(kernel)) or ("bad" if "e5m2" in str(kernel) else None)
-    )
-
-    def fault(outputs: str) -> str | None:
-        kernel = parse(f"cast x0:bf16 = x0 as bf16 -> {outputs}")
-        return tune.fault(kernel, (64, 64), find_target("sm_90"), FIRST, torch.device("cuda", 0))
-
-    assert fault("e4m3:row|1") is None and fault("e4m3:row|1") is None
-    assert len(tried) == 1
-    assert fault("e4m3:row|1, e4m3:row|0'") is None and len(tried) == 2
-    assert fault("e5m2:row|1") == "bad" and fault("e5m2:row|1") == "bad"
-    assert len(tried) == 3
-    monkeypatch.setenv("LPCOMPILE_SELFTEST", "0")
-    assert fault("e5m2:row|1") is None
 
 
 # ---- a layer's kernels -------------------------------------------------------------------------------------------
