@@ -221,6 +221,7 @@ GOLDENS = [
     ("cast", "quest", "sm_120"),
     ("cast", "quest carried", "sm_90"),
     ("cast", "eden", "sm_90"),
+    ("cast", "4 or 6", "sm_90"),
     ("requant", "quartet", "sm_100"),
     ("decode", "nvfp4", "sm_90"),
 ]

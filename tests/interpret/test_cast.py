@@ -6,6 +6,7 @@ import pytest
 import torch
 from casting import bits, check, run, sample
 
+from lpcompile import reference
 from lpcompile.carrier import CARRIER
 from lpcompile.codegen.source import Schedule
 from lpcompile.errors import KernelError
@@ -123,6 +124,22 @@ def test_two_matrices_are_told_apart() -> None:
     alone, _ = run(BF16 + "e4m3:row:up|1, e4m3:row:up|0'", [sample((70, 96)) * 3])
     check(found[4:], alone)
     assert not torch.equal(bits(found[0]), bits(found[4])) and not torch.equal(bits(found[2]), bits(found[6]))
+
+
+@pytest.mark.parametrize("rule", ["4over6", "eden"])
+def test_what_decides_is_summed_in_steps(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(7))
+    x[0, 0] = 100.0
+    # Blocks that vanish under the scale for 6, and some of which live under that for 4.
+    x[1] *= torch.linspace(0.1, 0.7, 256) * 2**-9 * 100 / 256 / x[1].abs().max()
+    text, inputs = f"{BF16}{NVFP4}:{rule}|1, {NVFP4}:{rule}|1~", [x.bfloat16()]
+    chance = {"seed": SEED, "uses": [3, 3]} if rule == "eden" else {}
+    found, wanted = run(text, inputs, **chance)
+    check(found, wanted)
+    monkeypatch.setattr(reference, "in_steps", lambda values, _step: values)
+    _, exact = run(text, inputs, **chance)
+    scales = [bits(each[1]) for each in (wanted, exact)]
+    assert 0 < int((scales[0] != scales[1]).sum()) < 100, "sums that are not rounded decide otherwise, here and there"
 
 
 def test_streams_differ() -> None:
