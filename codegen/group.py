@@ -284,7 +284,7 @@ class Group:
             self._tile_of(view, view.tile_name, function, made)
             at = f"{col}, {row}" if view.output.transposed else f"{row}, {col}"
             passed = [self._passed(each, view) for each in write.arguments]
-            function.take(*(each.partition(" ")[0] for each in passed if not each.startswith("tensor_bits")))
+            function.take(*(each.partition(" ")[0] for each in passed if each not in tensors))
             function.add(f"{write.name}({', '.join([view.tile_name, at, *passed, *self.sizes])})")
 
     def _tensor_bits(self, view: View) -> str:

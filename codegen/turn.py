@@ -127,7 +127,7 @@ def _gathers(view: View, axis: int, rotation: Rotation, dtype: torch.dtype, frag
     return from_right and rotation.block >= 64 and view.block[along] in (16, 32)
 
 
-GATHERS = "sm_90"
+GATHERS = "sm_90"  # where a product leaves a row in four lanes: a thread of Blackwell's has all of it
 
 
 def _in_order(fragments: Fragments) -> str:
