@@ -105,7 +105,7 @@ def _kernel(case: Case, settings: Settings) -> Row:
                 where = f"{'x'.join(map(str, size))} {label} [{schedule}]"
                 try:
                     wrong = _wrong(call, size, schedule, settings)
-                except failures() as error:
+                except failures(schedule) as error:
                     none.append(f"{where}: {str(error)[:160]}")
                     continue
                 failed += [f"{where}: {each}" for each in wrong]

@@ -116,7 +116,7 @@ def _run(case: Case, settings: Settings, _before: list[Row]) -> Row:
                 for _ in range(1 if case.get("warm") else 3):
                     run()
                 times[str(schedule)] = 0.0 if case.get("warm") else milliseconds(run, settings.device, cold=True)
-            except failures() as error:
+            except failures(schedule) as error:
                 errors.append(f"{schedule}: {str(error)[:200]}")
     if case.get("warm") or not times:
         return {"times": times, "errors": errors}

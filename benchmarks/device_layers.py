@@ -96,7 +96,7 @@ def _compile_candidates(recipe: str, m: int, n: int, k: int, settings: Settings)
                 launch = module.load(emit(each.kernel, sizes, target, schedule)).launch
                 launch(call.inputs, call.sizes, call.seed, call.uses, call.spins)
                 launched += 1
-            except tune.failures():
+            except tune.failures(schedule):
                 continue
     return {"launched": launched}
 
