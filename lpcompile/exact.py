@@ -11,29 +11,24 @@ import math
 import torch
 from torch import Tensor
 
-from lpcompile.errors import FormatError
 from lpcompile.formats import EDEN_CLIP, Quant, Rule
 
 _HELD = 2.0**24  # integers that FP32 holds
-
-
 _DOWN = 1.5  # a block scale of E4M3 is at most this factor too small, and vanishes otherwise
+_COARSEST = 0.25  # exact for a block of 2^15, more than a kernel's tile
 
 
 def step_of(quant: Quant, count: int) -> float:
     """The step of the sums over a block of `count` that decide in 4-over-6 and in MS-EDEN: the finest power of two of whose
-    multiples FP32 adds as many squares exactly.
+    multiples FP32 adds as many squares exactly, and 1/4 for blocks that no kernel holds: the reference adds in FP64.
 
-    MS-EDEN sums scaled values, 4-over-6 their distances to the codes. Raises FormatError where no step is fine enough.
+    MS-EDEN sums scaled values, 4-over-6 their distances to the codes.
     """
     if quant.rule is Rule.EDEN:
         most = _DOWN * quant.target / EDEN_CLIP
     else:
         most = max(_DOWN * quant.target - quant.elem.max, quant.elem.max - 4.0)
-    step = 2.0 ** -math.floor(math.log2(math.sqrt(_HELD / count) / most))
-    if step > 0.25:
-        raise FormatError(f"{quant}: a block of {count} is too large for squares to be added exactly")
-    return step
+    return float(min(2.0 ** -math.floor(math.log2(math.sqrt(_HELD / count) / most)), _COARSEST))
 
 
 def magic(step: float) -> float:

@@ -247,7 +247,7 @@ def _quantize_two_level(blocks: Tensor, quant: Quant, noise: Tensor | None) -> t
     grid4 = round_to_grid(values4, quant.elem, quant.rounding, noise)
     step = step_of(quant, blocks.shape[-1] * blocks.shape[-3])
     error, error4 = (
-        in_steps(g - v, step).square().sum(dim=(-3, -1), keepdim=True) * s * s
+        in_steps(g - v, step).double().square().sum(dim=(-3, -1), keepdim=True).to(v.dtype) * s * s
         for g, v, s in ((grid, values, scale), (grid4, values4, scale4))
     )
     # A block that vanishes under the smaller scale may live under the larger.

@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 
-from lpcompile.errors import FormatError
 from lpcompile.exact import in_steps, magic, step_of
 from lpcompile.formats import EDEN_CLIP, Quant
 from lpcompile.reference import dequantize, quantize
@@ -36,9 +35,14 @@ def test_a_block_of_the_largest_values_is_added_exactly_in_any_order(quant: Quan
     assert finer.square().cumsum(0)[-1].double() != finer.double().square().sum()
 
 
-def test_a_block_too_large_for_any_step_is_refused() -> None:
-    with pytest.raises(FormatError, match="too large"):
-        step_of(EDEN, 1 << 20)
+def test_a_block_larger_than_any_kernel_holds_decides_as_well() -> None:
+    assert step_of(FOUR_SIX, 1 << 15) == step_of(FOUR_SIX, 1 << 22) == 0.25
+    # One scale for 2^18 numbers, all of which 4 represents and 6 does not, or the other way around.
+    for values, largest in (((1.0, 2.0, 3.0, 4.0), 4.0), ((1.0, 2.0, 4.0, 6.0), 6.0)):
+        quant = Quant.parse("e2m1:row:e4m3+f32:4over6")
+        x = torch.tensor(values).repeat(2, 1 << 16)
+        q = quantize(x, quant)
+        assert torch.equal(dequantize(q, quant, 1, x.shape[1]), x) and float(q.scale[0].float() * q.outer) * largest == x.max()
 
 
 @pytest.mark.parametrize("step", [2**-5, 2**-6, 2**-8])
