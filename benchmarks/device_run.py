@@ -49,7 +49,7 @@ Row = dict[str, Any]
 class Settings:
     """What every part is told. budget: seconds a part may take; minutes: of training per recipe, in bf16's time; graphs: under
     CUDA graphs; always: also where low precision is predicted slower; torchao: a folder or wheel to import it from;
-    seeds: of training; head: the output head is converted too, by everyone."""
+    seeds: of training; head: the output head is converted too, by everyone; shapes: of `linear`, in- x out-features."""
 
     out: str
     recipes: tuple[str, ...] = RECIPES
@@ -64,6 +64,7 @@ class Settings:
     torchao: str = ""
     seeds: int = 1
     head: bool = False
+    shapes: tuple[str, ...] = ("4096x14336", "14336x4096", "4096x4096")
 
     @property
     def device(self) -> torch.device:
@@ -71,8 +72,8 @@ class Settings:
 
     @staticmethod
     def read(text: str) -> Settings:
-        known = json.loads(text)
-        return Settings(**{**known, "recipes": tuple(known["recipes"]), "tokens": tuple(known["tokens"])})
+        known: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in json.loads(text).items()}
+        return Settings(**known)
 
     def text(self) -> str:
         return json.dumps(asdict(self))

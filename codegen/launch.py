@@ -81,7 +81,7 @@ def run(
                 _LAUNCHES.clear()
             _LAUNCHES[key] = launch
     device = inputs[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index != torch._C._cuda_getDevice():
         with torch.cuda.device(device):
             return launch(inputs, sizes, seed, uses, spins)
     return launch(inputs, sizes, seed, uses, spins)

@@ -3,7 +3,7 @@
 Triton binds arguments, options and globals anew at each launch, which takes longer than a small kernel runs. A generated module
 fixes its options and globals, so that dtypes, alignment and numbers are all that a look-up needs (`Quick`). And since its
 `launch` only allocates and launches, for inputs of one kind always the same, that is noted once and done again with other
-addresses (`Prepared`), without its arithmetic of grids and descriptors.
+addresses (`Prepared`), without its arithmetic of grids and descriptors and without Triton's launcher (`driver`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from lpcompile.codegen.driver import Driver, Launch, find_driver
 
 assert __name__ == "lpcompile.codegen.quick", "import it as lpcompile.codegen, not as codegen"
 
@@ -76,10 +78,11 @@ class Prepared:
     """A generated `launch` that is carried out once for each call site's numbers, and from its notes after that.
 
     Where it does more than allocate and launch, or hands on anything but whole tensors, it is carried out each time.
+    driver: what launches from notes; by default the machine's.
     """
 
-    def __init__(self, launch: Callable[..., list[Tensor]]) -> None:
-        self.launch = launch
+    def __init__(self, launch: Callable[..., list[Tensor]], driver: Driver | None = None) -> None:
+        self.launch, self.driver = launch, driver
         self.notes: dict[tuple[Any, ...], Notes | None] = {}
 
     def __call__(
@@ -92,98 +95,78 @@ class Prepared:
     ) -> list[Tensor]:
         given = inputs if seed is None else [*inputs, seed]
         addresses = [x.data_ptr() for x in given]
-        key = (*uses, *spins, *[address % _ALIGNED == 0 for address in addresses])
+        askew = any([address % _ALIGNED for address in addresses])
+        key = (len(given), *uses, None, *spins, *([address % _ALIGNED == 0 for address in addresses] if askew else ()))
         if key in self.notes:
             notes = self.notes[key]
             return self.launch(inputs, sizes, seed, uses, spins) if notes is None else notes.carry_out(given, addresses)
-        if len(set(addresses)) < len(addresses) or len(self.notes) >= _MOST:
-            # Which of them a kernel was given cannot be told; another call may.
+        driver = self.driver or _driver_of(given[0])
+        if driver is None or len(set(addresses)) < len(addresses) or len(self.notes) >= _MOST:
+            # Which of equal ones a kernel was given cannot be told; another call may.
             return self.launch(inputs, sizes, seed, uses, spins)
-        results, self.notes[key] = _note(given, lambda: self.launch(inputs, sizes, seed, uses, spins))
+        results, self.notes[key] = _note(driver, given, lambda: self.launch(inputs, sizes, seed, uses, spins))
         return results
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One launch. start: a compiled kernel on its grid; arguments: numbers as they are, tensors still to be put in.
-
-    addressed: (position, tensor) of pointers; described: those of TMA descriptors. Tensors count from the given ones on.
-    """
-
-    start: Callable[..., None]
-    arguments: tuple[Any, ...]
-    addressed: tuple[tuple[int, int], ...]
-    described: tuple[tuple[int, int], ...]
+def _driver_of(x: Tensor) -> Driver | None:
+    """What launches on a tensor's device; None where there is nothing to note a launch with, or not now."""
+    return find_driver(x.get_device()) if x.is_cuda and not torch.cuda.is_current_stream_capturing() else None
 
 
 @dataclass(frozen=True)
 class Notes:
-    """What a launch did: what it allocated, what it launched, which tensors it returned. For the current device."""
+    """What a launch did: what it allocated, zeroed (tensor, bytes) and launched, which tensors it returned.
 
-    device: torch.device
+    Tensors count from the given ones on. For the current device.
+    """
+
+    driver: Driver
+    device: int
     made: tuple[Callable[[], Tensor], ...]
-    steps: tuple[_Step, ...]
+    zeroed: tuple[tuple[int, int], ...]
+    steps: tuple[Launch, ...]
     results: tuple[int, ...]
 
     def carry_out(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
         """The same on other tensors of the same kind, in the current stream."""
         tensors = [*given, *[make() for make in self.made]]
         pointers = [*addresses, *[x.data_ptr() for x in tensors[len(given) :]]]
-        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        stream = torch._C._cuda_getCurrentRawStream(self.device)
+        for index, size in self.zeroed:
+            self.driver.fill(pointers[index], size, stream)
         for step in self.steps:
-            arguments = list(step.arguments)
-            for position, index in step.addressed:
-                arguments[position] = pointers[index]
-            for position, index in step.described:
-                arguments[position] = _described(arguments[position], tensors[index])
-            step.start(*arguments, stream=stream)
+            step(pointers, stream)
         return [tensors[index] for index in self.results]
 
 
-def _described(descriptor: Any, base: Tensor | None) -> Any:
-    """A descriptor like this one of another tensor, without the checks that this one passed."""
-    made = object.__new__(type(descriptor))
-    made.__dict__.update(descriptor.__dict__)
-    made.base = base
-    return made
-
-
 class _Allocations(TorchDispatchMode):
-    """Notes what is allocated, and whether torch is asked for anything else that is not a view."""
+    """Notes what is allocated, whether as zeros, and whether torch is asked for anything else that is not a view."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made: list[tuple[Callable[..., Tensor], Tensor]] = []
+        self.made: list[tuple[bool, Tensor]] = []
         self.other = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        make = _MAKERS.get(func)
-        if make is not None:
-            self.made.append((make, result))
+        if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.zeros.default):
+            self.made.append((func is torch.ops.aten.zeros.default, result))
         elif not func.is_view:
             self.other = True
         return result
 
 
-_MAKERS: dict[Any, Callable[..., Tensor]] = {
-    torch.ops.aten.empty.memory_format: torch.empty,
-    torch.ops.aten.zeros.default: torch.zeros,
-}
-
-
-def _maker(make: Callable[..., Tensor], like: Tensor) -> Callable[[], Tensor]:
-    """A function that allocates a contiguous tensor as `make` allocated this one."""
+def _maker(like: Tensor) -> Callable[[], Tensor]:
+    """A function that allocates a contiguous tensor like this one."""
     shape = tuple(like.shape)
     # What Inductor's own code allocates with, where there is one: a third of the time of torch.empty.
     quickly = getattr(torch._C._dynamo.guards, f"_empty_strided_{like.device.type}", None)
     if quickly is None:
-        return functools.partial(make, shape, dtype=like.dtype, device=like.device)
-    empty = functools.partial(quickly, shape, like.stride(), like.dtype)
-    return empty if make is torch.empty else lambda: empty().zero_()
+        return functools.partial(torch.empty, shape, dtype=like.dtype, device=like.device)
+    return functools.partial(quickly, shape, like.stride(), like.dtype)
 
 
-def _note(given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Notes | None]:
+def _note(driver: Driver, given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Notes | None]:
     """The results of a launch, and notes of it; None where they cannot stand for it."""
     allocations = _Allocations()
     launches: list[tuple[Any, tuple[int, ...], tuple[Any, ...]]] = []
@@ -196,31 +179,36 @@ def _note(given: Sequence[Tensor], launch: Callable[[], list[Tensor]]) -> tuple[
     made = allocations.made
     tensors = [*given, *[x for _, x in made]]
     places = {x.data_ptr(): index for index, x in enumerate(tensors)}
-    try:
-        steps = tuple(_step(kernel, grid, arguments, places, tensors) for kernel, grid, arguments in launches)
-        returned = tuple(_whole(result, places, tensors) for result in results)
-    except (KeyError, AttributeError):
-        # An argument that is not known whole, or a Triton whose descriptors are made otherwise.
-        return results, None
     if allocations.other or len(places) < len(tensors) or not all(x.is_contiguous() for _, x in made):
         return results, None
-    return results, Notes(given[0].device, tuple(_maker(make, x) for make, x in made), steps, returned)
+    try:
+        steps = tuple(_step(driver, kernel, grid, arguments, places, tensors) for kernel, grid, arguments in launches)
+        returned = tuple(_whole(result, places, tensors) for result in results)
+    except (KeyError, AttributeError, RuntimeError):
+        # An argument that is not known whole, descriptors of another make, or a driver that tells something else.
+        return results, None
+    zeroed = tuple((len(given) + index, x.nbytes) for index, (zeros, x) in enumerate(made) if zeros)
+    return results, Notes(driver, given[0].get_device(), tuple(_maker(x) for _, x in made), zeroed, steps, returned)
 
 
 def _step(
-    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], places: dict[int, int], tensors: Sequence[Tensor]
-) -> _Step:
-    """The notes of one launch. Raises KeyError for an argument that is part of a tensor, or of none that is known."""
-    kept: list[Any] = list(arguments)
-    addressed, described = [], []
-    for position, argument in enumerate(arguments):
-        if isinstance(argument, Tensor):
-            addressed.append((position, places[argument.data_ptr()]))
-            kept[position] = None
-        elif hasattr(argument, "base"):
-            described.append((position, _whole(argument.base, places, tensors)))
-            kept[position] = _described(argument, None)
-    return _Step(kernel[_three(grid)], tuple(kept), tuple(addressed), tuple(described))
+    driver: Driver,
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    places: dict[int, int],
+    tensors: Sequence[Tensor],
+) -> Launch:
+    """The notes of one launch. Raises KeyError for an argument that is part of a tensor, or of none that is known, and
+    RuntimeError where the driver was told anything else."""
+    addressed = [places[each.data_ptr()] for each in arguments if isinstance(each, Tensor)]
+    described = [_whole(each.base, places, tensors) for each in arguments if _is_described(each)]
+    node = driver.node(lambda stream: kernel[_three(grid)](*arguments, stream=stream))
+    return Launch(driver, node, addressed, described, list(places))
+
+
+def _is_described(argument: Any) -> bool:
+    return not isinstance(argument, Tensor | int | float | None) and hasattr(argument, "base")
 
 
 def _whole(x: Tensor, places: dict[int, int], tensors: Sequence[Tensor]) -> int:

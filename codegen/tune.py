@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -42,10 +42,12 @@ _FLUSHES = 4  # writes of the cache before each, about 60 us each on a Hopper
 
 @dataclass(frozen=True)
 class Choice:
-    """A schedule as text, and the microseconds of each that was measured (none: the model chose)."""
+    """A schedule as text, and the microseconds of each that was measured, on the device and on the host (none: the model
+    chose)."""
 
     schedule: str
     times: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
 
 
 _CHOICES: dict[tuple[str, tuple[int, ...]], Choice] = {}
@@ -69,6 +71,7 @@ def ranked(
     found = schedules(kernel, Sizes.of(*sizes), target)
     chosen = found[0]
     times: dict[str, float] = {}
+    host: dict[str, float] = {}
     if len(found) > 1 and os.environ.get("LPCOMPILE_AUTOTUNE") != "0" and measurable(device):
         path = _record("schedule", str(kernel), _bucket(sizes), device)
         stored = _read(path)
@@ -79,16 +82,15 @@ def ranked(
                 module.write_aside(path, json.dumps({"kernel": str(kernel), "sizes": sizes, **stored}, indent=1))
             except torch.OutOfMemoryError:
                 # A full device is no reason to stop: the next process may measure.
-                stored = {"schedule": str(chosen), "times": {}}
-        chosen, times = named[stored["schedule"]], stored["times"]
-    _CHOICES[str(kernel), sizes] = Choice(str(chosen), times)
+                stored = {"schedule": str(chosen), "times": {}, "host": {}}
+        chosen, times, host = named[stored["schedule"]], stored["times"], stored["host"]
+    _CHOICES[str(kernel), sizes] = Choice(str(chosen), times, host)
     return [chosen, *(each for each in found if each != chosen)]
 
 
 def settle(kernel: Kernel, sizes: tuple[int, ...], schedule: Schedule) -> None:
     """Notes the schedule that runs in the end."""
-    known = _CHOICES[str(kernel), sizes]
-    _CHOICES[str(kernel), sizes] = Choice(str(schedule), known.times)
+    _CHOICES[str(kernel), sizes] = replace(_CHOICES[str(kernel), sizes], schedule=str(schedule))
     launches.RAN_WITH[str(kernel), tuple(map(str, sizes))] = str(schedule)
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import ast
-import ctypes
 import dataclasses
 import os
 import pathlib
-import textwrap
-import types
 
 import cross_compile
 import pytest
@@ -19,7 +16,6 @@ from lpcompile.__main__ import main
 from lpcompile.codegen import emit, module, schedules
 from lpcompile.codegen.compile import Product, _product, compile_entry
 from lpcompile.codegen.example import exact, example, mismatch
-from lpcompile.codegen.quick import Prepared, Quick
 from lpcompile.codegen.source import Sizes
 from lpcompile.errors import KernelError
 from lpcompile.kernel import parse
@@ -250,120 +246,3 @@ def test_generated_text(family: str, name: str, target: str):
         path.parent.mkdir(exist_ok=True)
         module.write_aside(path, text)
     assert path.exists() and text == path.read_text(), f"{path.name} differs: LPCOMPILE_UPDATE_GOLDEN=1 writes it anew"
-
-
-class Launched:
-    """Stands for a jit function and its compiled kernel: notes which of the two was launched, on what grid."""
-
-    def __init__(self, log: list[tuple[str, tuple[int, ...]]], name: str = "look-up") -> None:
-        self.log, self.name = log, name
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        def launch(*arguments: object, **options: object) -> Launched:
-            assert (self.name == "look-up") == bool(options)
-            self.log.append((self.name, grid))
-            return Launched(self.log, "kernel")
-
-        return launch
-
-
-def test_launches_look_up_only_what_kernels_are_specialised_on():
-    log: list[tuple[str, tuple[int, ...]]] = []
-    function = Quick(Launched(log))
-    x = torch.zeros(64, dtype=torch.bfloat16)
-    for arguments, expected in (
-        ((x, 16), "look-up"),
-        ((x.clone(), 16), "kernel"),
-        ((x[1:], 16), "look-up"),  # not aligned
-        ((x, 1), "look-up"),
-        ((x.float(), 16), "look-up"),
-        ((x[1:], 16), "kernel"),
-    ):
-        function[4, 2](*arguments, num_warps=4)
-        assert log[-1] == (expected, (4, 2) if expected == "look-up" else (4, 2, 1))
-
-
-class Adder:
-    """Stands for a jit function and its compiled kernel: adds a number to floats, through addresses as a GPU would."""
-
-    def __init__(self, log: list[tuple[object, ...]]) -> None:
-        self.log = log
-
-    def __getitem__(self, grid: tuple[int, ...]):
-        def launch(x: object, described: object, out: object, number: int, **options: object) -> Adder:
-            self.log.append((type(x), tuple(options)))
-            source, target, more = (each if isinstance(each, int) else each.data_ptr() for each in (x, out, described.base))
-            floats = [(ctypes.c_float * 4).from_address(address) for address in (source, target, more)]
-            for index in range(4):
-                floats[1][index] += floats[0][index] + floats[2][index] + number
-            return self
-
-        return launch
-
-
-@dataclasses.dataclass
-class Descriptor:
-    base: torch.Tensor
-
-
-class Slotted:
-    """A descriptor of another make."""
-
-    __slots__ = ("base",)
-
-    def __init__(self, base: torch.Tensor) -> None:
-        self.base = base
-
-
-def adding(namespace: dict[str, object], body: str) -> types.FunctionType:
-    """A generated launch of this body."""
-    text = "def launch(inputs, sizes=(), seed=None, uses=(), spins=()):\n" + textwrap.indent(textwrap.dedent(body), "    ")
-    exec(text, namespace)
-    return namespace["launch"]
-
-
-def test_a_launch_is_noted_and_done_again_with_other_tensors(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-    log: list[tuple[object, ...]] = []
-    launch = adding(
-        {"torch": torch, "kernel": Quick(Adder(log)), "Descriptor": Descriptor},
-        """
-        x, more = inputs
-        out = torch.zeros(4, dtype=torch.float32)
-        kernel[(1,)](x, Descriptor(more), out, uses[0], num_warps=4)
-        return [out]
-        """,
-    )
-    prepared = Prepared(launch)
-    room = torch.zeros(64)
-    for turn in range(4):
-        x, more = torch.full((4,), 10.0 * turn), torch.full((4,), 100.0 + turn)
-        for use in (1, 2):
-            (out,) = prepared([x, more], (), None, [use])
-            assert out.tolist() == [10.0 * turn + 100 + turn + use] * 4
-            assert log[-1] == ((torch.Tensor, ("num_warps",)) if turn == 0 else (int, ("stream",)))
-    # Of one tensor given twice it is not known which argument is which; another alignment is another launch.
-    before = dict(prepared.notes)
-    assert prepared([x, x], (), None, [3])[0].tolist() == [63.0] * 4 and prepared.notes == before
-    misaligned = room[(1 if room.data_ptr() % 16 == 0 else 0) :][:4]
-    assert prepared([misaligned, more], (), None, [1])[0].tolist() == [104.0] * 4 and log[-1][0] is torch.Tensor
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "out = inputs[0].clone()\nkernel[(1,)](inputs[0], Descriptor(inputs[1]), out, 0)\nreturn [out]",
-        "out = torch.zeros(4)\nkernel[(1,)](inputs[0], Descriptor(inputs[1]), out, 0)\nreturn [out.view(2, 2)]",
-        "out = torch.zeros(8)\nkernel[(1,)](inputs[0], Descriptor(inputs[1]), out[4:], 0)\nreturn [out]",
-        "out = torch.zeros(4)\nkernel[(1,)](inputs[0], Descriptor(inputs[1].view(torch.int32)), out, 0)\nreturn [out]",
-        "out = torch.zeros(4)\nkernel[(1,)](inputs[0], Slotted(inputs[1]), out, 0)\nreturn [out]",
-    ],
-)
-def test_a_launch_that_does_more_is_not_noted(body: str):
-    log: list[tuple[object, ...]] = []
-    names = {"torch": torch, "kernel": Quick(Adder(log)), "Descriptor": Descriptor, "Slotted": Slotted}
-    prepared = Prepared(adding(names, body))
-    x, more = torch.ones(4), torch.full((4,), 2.0)
-    first, second = (prepared([x, more])[0] for _ in range(2))
-    assert list(prepared.notes.values()) == [None]
-    assert torch.equal(first, second) and first.abs().sum() > 0 and log[-1][0] is torch.Tensor

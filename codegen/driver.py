@@ -1,0 +1,195 @@
+"""Launches through the CUDA driver, with parameters that are kept: only addresses that are other ones are written again.
+
+Triton's launcher spends more time on finding out what to hand to the driver than the driver takes. What that is is read off
+once: a launch is captured into a graph that is never carried out, and the graph's node names the function, its grid and its
+parameters (`Driver.node`). Nothing is assumed about how Triton lays them out, but that a pointer is eight bytes that equal an
+address which the launch was given, and a TMA descriptor 128 bytes, in the order of the arguments; what does not fit is refused.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+assert __name__ == "lpcompile.codegen.driver", "import it as lpcompile.codegen, not as codegen"
+
+_POINTER, _MAP = 8, 128  # bytes of a parameter
+_NO_CONTEXT = 201
+_NON_BLOCKING, _RELAXED = 1, 2  # of streams, of captures
+
+
+@dataclass(frozen=True)
+class Node:
+    """A launch as the driver was told it. dims: grid, block, bytes of shared memory; parameters: the bytes of each."""
+
+    function: int
+    dims: tuple[int, ...]
+    parameters: tuple[bytes, ...]
+
+
+class _Params(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS of the driver's second version."""
+
+    _fields_ = (
+        ("function", ctypes.c_void_p),
+        ("dims", ctypes.c_uint * 7),
+        ("parameters", ctypes.POINTER(ctypes.c_void_p)),
+        ("extra", ctypes.c_void_p),
+        ("kernel", ctypes.c_void_p),
+        ("context", ctypes.c_void_p),
+    )
+
+
+class Driver:
+    """The functions of libcuda that this takes. Each raises RuntimeError where the driver refuses.
+
+    The interpreter's lock is given back for the time of a call: a launch waits where the device's queue is full.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """Raises AttributeError where the library is too old for one of them."""
+        self.library = library
+        self.context = ctypes.c_void_p()
+        for name in ("cuFuncGetParamInfo", "cuTensorMapReplaceAddress", "cuGraphKernelNodeGetParams_v2"):
+            getattr(library, name)
+        self._do("cuCtxGetCurrent", ctypes.byref(self.context))
+
+    def _do(self, name: str, *arguments: Any) -> None:
+        function = getattr(self.library, name)
+        code = function(*arguments)
+        if code == _NO_CONTEXT and self.context.value:
+            # A thread that has done nothing on a device yet: torch lets it use the first one without making it current.
+            self.library.cuCtxSetCurrent(self.context)
+            code = function(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self.library.cuGetErrorName(code, ctypes.byref(text))
+            raise RuntimeError(f"{name} of the CUDA driver: {(text.value or b'unknown').decode()} ({code})")
+
+    def node(self, start: Callable[[int], object]) -> Node:
+        """What `start(stream)` launches, which is not carried out. It launches one kernel of a module and does nothing else."""
+        stream, graph, node = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
+        count, params = ctypes.c_size_t(1), _Params()
+        self._do("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
+        try:
+            self._do("cuStreamBeginCapture_v2", stream, _RELAXED)
+            try:
+                start(stream.value or 0)
+            finally:
+                self._do("cuStreamEndCapture", stream, ctypes.byref(graph))
+            self._do("cuGraphGetNodes", graph, ctypes.byref(node), ctypes.byref(count))
+            self._do("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(params))
+            if count.value != 1 or not params.function:
+                raise RuntimeError("a launch of one kernel came to something else")
+            sizes = self._sizes(params.function)
+            bytes_of = [ctypes.string_at(params.parameters[index] or 0, size) for index, size in enumerate(sizes)]
+            return Node(params.function, tuple(params.dims), tuple(bytes_of))
+        finally:
+            if graph.value:
+                self.library.cuGraphDestroy(graph)
+            self.library.cuStreamDestroy_v2(stream)
+
+    def _sizes(self, function: int) -> list[int]:
+        """Bytes of each parameter of a function."""
+        found: list[int] = []
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        ask = self.library.cuFuncGetParamInfo
+        while not ask(ctypes.c_void_p(function), ctypes.c_size_t(len(found)), ctypes.byref(offset), ctypes.byref(size)):
+            found.append(size.value)
+        return found
+
+    def replace(self, descriptor: int, address: int) -> None:
+        """Lets a TMA descriptor, 128 aligned bytes, describe a tensor of the same kind at another address."""
+        self._do("cuTensorMapReplaceAddress", ctypes.c_void_p(descriptor), ctypes.c_void_p(address))
+
+    def launcher(self, node: Node, parameters: ctypes.Array[ctypes.c_void_p]) -> Callable[[int], None]:
+        """A function of a stream that launches what the node does with parameters at these addresses."""
+        launch = functools.partial(self._do, "cuLaunchKernel", ctypes.c_void_p(node.function), *node.dims)
+        return lambda stream: launch(ctypes.c_void_p(stream), parameters, None)
+
+    def fill(self, address: int, size: int, stream: int) -> None:
+        """Zeros in so many bytes."""
+        self._do("cuMemsetD8Async", ctypes.c_void_p(address), 0, ctypes.c_size_t(size), ctypes.c_void_p(stream))
+
+
+@functools.cache
+def find_driver(device: int) -> Driver | None:
+    """The driver, for the device of this number, which is current; None where there is none, or one that is too old."""
+    try:
+        return Driver(ctypes.CDLL("libcuda.so.1"))
+    except (OSError, AttributeError, RuntimeError):
+        return None
+
+
+class Launch:
+    """One launch, which is done again with other addresses.
+
+    addressed: which tensor each pointer among the parameters is to; described: which one each TMA descriptor is of, both in the
+    order of the arguments and counted as in the `pointers` of a call. pointers: those of the launch that the node is of.
+
+    Raises RuntimeError where the node's parameters are others than these.
+    """
+
+    def __init__(
+        self, driver: Driver, node: Node, addressed: Sequence[int], described: Sequence[int], pointers: Sequence[int]
+    ) -> None:
+        self.driver, self.addressed, self.described = driver, tuple(addressed), tuple(described)
+        known = [pointers[index] for index in addressed]
+        found = [value for each in node.parameters if len(each) == _POINTER and (value := _number(each)) in set(pointers)]
+        if found != known or sum(len(each) == _MAP for each in node.parameters) != len(described):
+            raise RuntimeError("a kernel's parameters are not its arguments")
+        self.pack = struct.Struct(f"{len(known)}Q").pack_into
+        self.pointed = (ctypes.c_uint64 * len(known))(*known)
+        self.bases = [pointers[index] for index in described]
+        self.room, self.maps, self.constants = self._kept(node)
+        self.start = driver.launcher(node, self._places(node, set(known)))
+        for descriptor, base in zip(self.maps, self.bases, strict=True):
+            before = ctypes.string_at(descriptor, _MAP)
+            driver.replace(descriptor, base)
+            if ctypes.string_at(descriptor, _MAP) != before:
+                raise RuntimeError("a TMA descriptor is of another tensor than its argument")
+        # Parameters are written, then read by the driver: two threads take turns.
+        self.lock = threading.Lock()
+
+    def _kept(self, node: Node) -> tuple[Any, list[int], Any]:
+        """Memory, aligned, and where in it descriptors lie; and the bytes of what stays as it is."""
+        maps = [each for each in node.parameters if len(each) == _MAP]
+        room = ctypes.create_string_buffer(_MAP * (len(maps) + 1))
+        first = -(-ctypes.addressof(room) // _MAP) * _MAP
+        places = [first + _MAP * index for index in range(len(maps))]
+        for place, each in zip(places, maps, strict=True):
+            ctypes.memmove(place, each, _MAP)
+        return room, places, [ctypes.create_string_buffer(each, max(len(each), 1)) for each in node.parameters]
+
+    def _places(self, node: Node, known: set[int]) -> ctypes.Array[ctypes.c_void_p]:
+        """The address of each parameter."""
+        pointers = (ctypes.addressof(self.pointed) + _POINTER * index for index in range(len(self.addressed)))
+        maps = iter(self.maps)
+        found: list[int] = []
+        for each, constant in zip(node.parameters, self.constants, strict=True):
+            if len(each) == _MAP:
+                found.append(next(maps))
+            elif len(each) == _POINTER and _number(each) in known:
+                found.append(next(pointers))
+            else:
+                found.append(ctypes.addressof(constant))
+        return (ctypes.c_void_p * len(found))(*found)
+
+    def __call__(self, pointers: Sequence[int], stream: int) -> None:
+        with self.lock:
+            self.pack(self.pointed, 0, *[pointers[index] for index in self.addressed])
+            for place, index in enumerate(self.described):
+                address = pointers[index]
+                if self.bases[place] != address:
+                    self.driver.replace(self.maps[place], address)
+                    self.bases[place] = address
+            self.start(stream)
+
+
+def _number(value: bytes) -> int:
+    return int.from_bytes(value, "little")
