@@ -54,7 +54,7 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
     add("--only", default=",".join(PARTS), help=f"parts, of {', '.join(PARTS)}")
     add("--recipes", default=",".join(defaults.recipes))
     add("--tokens", default=",".join(map(str, defaults.tokens)))
-    add("--shapes", default=",".join(defaults.shapes), help="of linear, in- x out-features")
+    add("--match", default="", help='only cases in whose names this is, such as "8192x4096x4096" of linear')
     add("--out", type=Path, default=Path("out/device"))
     add("--budget", type=float, default=defaults.budget, help="seconds a part may take")
     add("--minutes", type=float, default=defaults.minutes, help="of training per recipe, as bf16 takes them")
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> tuple[list[Part], Settings]:
         torchao,
         args.seeds,
         args.head,
-        tuple(args.shapes.split(",")),
+        args.match,
     )
     return [PARTS[name] for name in args.only.split(",")], settings
 

@@ -29,12 +29,13 @@ from device_run import (
 )
 from torch import nn
 
+LINEAR_SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096))  # in-features, out-features
+
 # ---- linear ------------------------------------------------------------------------------------------------------
 
 
 def _linear_cases(settings: Settings) -> list[Case]:
-    features = [tuple(map(int, shape.split("x"))) for shape in settings.shapes]
-    shapes = [(m, k, n) for m in sorted(settings.tokens, reverse=True) for k, n in features]
+    shapes = [(m, k, n) for m in sorted(settings.tokens, reverse=True) for k, n in LINEAR_SHAPES]
     shapes = [(64, 128, 96)] if settings.dry else shapes[:2] if settings.quick else shapes
     names = [name for name in contenders(settings) if name != BASELINE]
     return [{"name": f"{m}x{k}x{n} {c}", "shape": [m, k, n], "contender": c} for m, k, n in shapes for c in names]

@@ -49,7 +49,7 @@ Row = dict[str, Any]
 class Settings:
     """What every part is told. budget: seconds a part may take; minutes: of training per recipe, in bf16's time; graphs: under
     CUDA graphs; always: also where low precision is predicted slower; torchao: a folder or wheel to import it from;
-    seeds: of training; head: the output head is converted too, by everyone; shapes: of `linear`, in- x out-features."""
+    seeds: of training; head: the output head is converted too, by everyone; match: only cases in whose names this is."""
 
     out: str
     recipes: tuple[str, ...] = RECIPES
@@ -64,7 +64,7 @@ class Settings:
     torchao: str = ""
     seeds: int = 1
     head: bool = False
-    shapes: tuple[str, ...] = ("4096x14336", "14336x4096", "4096x4096")
+    match: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -119,7 +119,7 @@ def run_part(part: Part, settings: Settings, script: Path) -> list[Row]:
     deadline = time.monotonic() + settings.budget
     folder = Path(settings.out) / part.name
     folder.mkdir(parents=True, exist_ok=True)
-    cases = part.cases(settings)
+    cases = [case for case in part.cases(settings) if settings.match in case["name"]]
     if part.warm and not settings.dry and os.environ.get("LPCOMPILE_AUTOTUNE") != "0":
         half = time.monotonic() + settings.budget / 2
         _spread(part, settings, [{**case, "warm": True} for case in cases], part.warm, (folder / "warm", half, script))

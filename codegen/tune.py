@@ -17,7 +17,7 @@ import os
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -122,22 +122,21 @@ def _measured(
             errors.append(f"{schedule}: {error}")
     if not times:
         raise KernelError(f"{kernel}: no schedule runs on this device. {'; '.join(errors)}")
-    return {"schedule": _best(times, host), "times": times, "host": host}
+    libraries = {str(schedule) for schedule in candidates if schedule.vendor}
+    return {"schedule": _best(times, host, libraries), "times": times, "host": host}
 
 
-def _best(times: dict[str, float], host: dict[str, float]) -> str:
-    """The fastest of those that the host launches fast enough.
+def _best(times: dict[str, float], host: dict[str, float], libraries: Collection[str]) -> str:
+    """The least of the kernel's time and a part of what the launch takes the host.
 
-    A step's small kernels wait for the host, and a library's call takes it several times as long as a launch from notes: it
-    counts as long as that takes, where that is more than the kernel, for kernels beside it are smaller still.
+    Kernels hide that where they are long; where they are short it is what a step waits for. Generated kernels take the host
+    alike, the least that was measured: what sets theirs apart is noise. libraries: schedules that are not generated.
     """
-    cost = {name: max(each, _HIDDEN * host[name]) for name, each in times.items()}
-    least = min(cost.values())
-    return min((name for name in times if cost[name] <= _LIKE * least), key=lambda name: times[name])
+    own = min((each for name, each in host.items() if name not in libraries), default=0.0)
+    return min(times, key=lambda name: times[name] + _HOST * (host[name] if name in libraries else own))
 
 
-_HIDDEN = 4.0  # a kernel that runs this many times as long as its launch takes the host hides it
-_LIKE = 1.1  # costs apart by no more than that differ by the host's noise
+_HOST = 0.5  # between hidden and waited for
 
 
 def _microseconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
