@@ -86,16 +86,6 @@ def {name}{suffix}(matrix, {value}, row0, col0, {sizes}):
 
     # ---- scales --------------------------------------------------------------------------------------------------
 
-    def magnitude_bits(self) -> str:
-        return self.add(
-            "magnitude_bits",
-            '''
-def magnitude_bits(x):
-    """The bits of |x| in FP32. They order as the numbers do, infinities and NaNs on top."""
-    return x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-''',
-        )
-
     def checked_scale(self) -> str:
         return self.add(
             "checked_scale",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
+from lpcompile.codegen.magnitudes import bits, integer, magnitudes
 from lpcompile.codegen.origin import Origin
 from lpcompile.codegen.source import next_power_of_two
 from lpcompile.codegen.turn import emit_drawn, emit_turn
@@ -190,29 +191,30 @@ class Group:
         )
         kept = [peaks for peaks in self.distinct if peaks.walked]
         shape = {peaks.tile_name: peaks.view.tile[:: -1 if peaks.mirrored else 1] for peaks in kept}
-        function.add(*(f"most_{name} = tl.zeros({tile}, tl.int32)" for name, tile in shape.items()))
+        function.add(*(f"most_{name} = tl.zeros({tile}, {integer(self.source.dtype)})" for name, tile in shape.items()))
         function.add(f"for row0 in {self._down(self._steps)}:")
         inner = Function("", "", arguments=function.arguments)
         inner.add(self._loaded(self.source))
         made: set[str] = set()
+        found = magnitudes(self.source.dtype, self.fragments)
         for peaks in self.distinct:
             self._tile_of(peaks.view, peaks.tile_name, inner, made)
             if not peaks.walked:
-                inner.add(self._raise(peaks, f"{self.fragments.magnitude_bits()}({peaks.tile_name})"))
+                inner.add(self._raise(peaks, f"{found}({peaks.tile_name})"))
         for name in shape:
-            inner.add(f"most_{name} = tl.maximum(most_{name}, {self.fragments.magnitude_bits()}({name}))")
+            inner.add(f"most_{name} = tl.maximum(most_{name}, {found}({name}))")
         function.add(*(f"    {line}" for line in inner.lines))
         function.add(*(self._raise(peaks, f"most_{peaks.tile_name}") for peaks in kept))
         function.take(*self.sizes)
         return function
 
-    def _raise(self, peaks: Peaks, bits: str) -> str:
-        """A call that raises peaks to those of a tile of bits."""
+    def _raise(self, peaks: Peaks, found: str) -> str:
+        """A call that raises peaks to those of a tile of magnitudes."""
         view = peaks.view
         flip = -1 if peaks.mirrored else 1
         tile, extents = view.tile[::flip], view.extents[::flip]
         blocks = Blocks.of(tile, peaks.block)
-        value = blocks.as_matrix(blocks.reduced(blocks.apart(bits)))
+        value = blocks.as_matrix(bits(blocks.reduced(blocks.apart(found)), self.source.dtype))
         rows, cols = (
             length != 0 and not extent.divides(size) for length, extent, size in zip(peaks.block, extents, tile, strict=True)
         )

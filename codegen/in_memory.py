@@ -18,6 +18,7 @@ from lpcompile import hadamard
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
+from lpcompile.codegen.magnitudes import bits, integer, magnitudes
 from lpcompile.codegen.noise import signs_at
 from lpcompile.codegen.origin import Origin
 from lpcompile.codegen.source import next_power_of_two
@@ -56,14 +57,17 @@ class Pass:
         self.read = 0  # line of the body behind the load
         self._tail: list[str] = []
 
-    def raise_peak(self, peaks: str, shape: tuple[int, int], fragments: Fragments, loaded: bool) -> None:
-        """Lets it raise the amax (its bits, 0 before) of what it stores or, loaded, of what it reads."""
+    def raise_peak(
+        self, peaks: str, shape: tuple[int, int], dtype: torch.dtype, fragments: Fragments, loaded: bool
+    ) -> None:
+        """Lets it raise the amax (its bits, 0 before) of what it stores or, loaded, of what it reads, both of `dtype`."""
         name = "seen" if loaded else "most"
-        bits = f"{fragments.magnitude_bits()}(x)"
-        bits = f"tl.where({self.inside}, {bits}, 0)" if self.inside and not loaded else bits
-        self.function.add(f"{name} = tl.zeros({shape}, tl.int32)")
-        self.body.lines.insert(self.read if loaded else len(self.body.lines), f"{name} = tl.maximum({name}, {bits})")
-        self._tail.append(f'tl.atomic_max({self.function.take(peaks)}, tl.max({name}), sem="relaxed")')
+        found = f"{magnitudes(dtype, fragments)}(x)"
+        found = f"tl.where({self.inside}, {found}, 0).to({integer(dtype)})" if self.inside and not loaded else found
+        self.function.add(f"{name} = tl.zeros({shape}, {integer(dtype)})")
+        self.body.lines.insert(self.read if loaded else len(self.body.lines), f"{name} = tl.maximum({name}, {found})")
+        most = bits(f"tl.max({name})", dtype)
+        self._tail.append(f'tl.atomic_max({self.function.take(peaks)}, {most}, sem="relaxed")')
 
     @property
     def text(self) -> str:
@@ -155,11 +159,11 @@ class Turner:
 
     def peek(self, peaks: str) -> None:
         """Lets the first pass raise the amax of the matrix as it is read."""
-        self.passes[0].raise_peak(peaks, self._shapes[0], self.fragments, loaded=True)
+        self.passes[0].raise_peak(peaks, self._shapes[0], self.dtype, self.fragments, loaded=True)
 
     def raise_peak(self, peaks: str) -> None:
         """Lets the last pass raise the amax of the turned matrix."""
-        self.passes[-1].raise_peak(peaks, self._shapes[-1], self.fragments, loaded=False)
+        self.passes[-1].raise_peak(peaks, self._shapes[-1], self.dtype, self.fragments, loaded=False)
 
     # ---- along rows ----------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import torch
 
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
+from lpcompile.codegen.magnitudes import bits, magnitudes
 from lpcompile.codegen.noise import stream_key, uniform
 from lpcompile.codegen.views import Blocks, View, origin
 from lpcompile.errors import KernelError
@@ -22,8 +23,7 @@ _FLT_MAX = "3.4028234663852886e+38"
 
 
 def add_scale(view: View, dtype: torch.dtype, fragments: Fragments, function: Function) -> str:
-    """Adds the lines of a view's rule. `x`: the tile, numbers of `dtype` in FP32, its blocks apart; `noise` where rounding is
-    stochastic."""
+    """Adds the lines of a view's rule. `x`: the tile, as `add_tile` leaves it; `noise` where rounding is stochastic."""
     quant = view.quant
     _add_peaks(view, fragments, function)
     if quant.rule is Rule.EDEN:
@@ -33,17 +33,33 @@ def add_scale(view: View, dtype: torch.dtype, fragments: Fragments, function: Fu
     return _one_level(view, dtype, fragments, function)
 
 
+def add_tile(view: View, dtype: torch.dtype, fragments: Fragments, function: Function) -> None:
+    """`x` in FP32, its blocks apart, and `peak_bits`, one a block, unless tiles share them. Peaks come first: numbers of 16 bits
+    stay together in registers until then."""
+    blocks = view.blocks
+    if _shares_peaks(view):
+        function.add(f"x = {blocks.apart('x')}.to(tl.float32)")
+        return
+    if (apart := blocks.apart("x")) != "x":
+        function.add(f"x = {apart}")
+    found = blocks.reduced(f"{magnitudes(dtype, fragments)}(x)")
+    function.add(f"peak_bits = {bits(found, dtype)}", "x = x.to(tl.float32)")
+
+
+def _shares_peaks(view: View) -> bool:
+    """True where the amax of its blocks were found by other tiles too, and are read."""
+    return view.peak_block is not None and view.quant.outer is None and view.output.carrier is None
+
+
 def _add_peaks(view: View, fragments: Fragments, function: Function) -> None:
-    """`peak_bits`: one a block; `tensor_bits` of a scale above them."""
+    """`peak_bits` that tiles share; `tensor_bits` of a scale above those of blocks."""
     blocks, quant = view.blocks, view.quant
     if quant.outer is not None:
         # Loaded by the kernel, before any output is stored: what two outputs have in common is computed once then.
         function.add(f"tensor_bits = tl.full({(1,) * len(blocks.shape)}, {function.take('tensor_bits')}, tl.int32)")
-    elif view.peak_block is not None and view.output.carrier is None:
+    elif view.peak_block is not None and _shares_peaks(view):
         loaded = load_peaks(view, view.peak_block, fragments, function)
         function.add(f"peak_bits = {blocks.beside(loaded) if len(blocks.shape) != 2 else loaded}")
-    if quant.outer is not None or view.output.carrier is not None or view.peak_block is None:
-        function.add(f"peak_bits = {blocks.reduced(f'{fragments.magnitude_bits()}(x)')}")
 
 
 def load_peaks(view: View, block: tuple[int, int], fragments: Fragments, function: Function) -> str:

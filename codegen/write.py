@@ -10,7 +10,7 @@ from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.noise import uniform
-from lpcompile.codegen.rules import add_key, add_scale, load_peaks
+from lpcompile.codegen.rules import add_key, add_scale, add_tile, load_peaks
 from lpcompile.codegen.views import View, origin
 from lpcompile.formats import E4M3, E8M0, F32, Int, Quant, Rounding, Rule
 from lpcompile.recipe import folds
@@ -27,9 +27,9 @@ def emit_write(view: View, dtype: torch.dtype, fragments: Fragments, twin: bool 
     values of the same codes are written too, so that a compiler may do once what leads to both."""
     doc = f"{view.output} of a tile, which lies at (row0, col0) of what is written."
     function = Function(f"write_{view.index}", doc, ("x", "row0", "col0"))
-    quant, blocks = view.quant, view.blocks
+    quant = view.quant
     function.take(*(POINTERS_TO[part] for part in view.output.parts))
-    function.add(f"x = {blocks.apart('x')}.to(tl.float32)")
+    add_tile(view, dtype, fragments, function)
     # FP32 codes are the values themselves, however they would be rounded.
     rounding = Rounding.RTNE if quant.elem == F32 else quant.rounding
     if rounding.stochastic:
