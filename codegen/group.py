@@ -77,7 +77,8 @@ class Group:
         for view in views:
             if view.rotations != (None, None):
                 self.turns[view.index] = emit_turn(view, source.dtype, fragments)
-        self.writes = [emit_write(view, source.dtype, fragments, self._twin(view)) for view in views]
+        computed = source.computed or any(view.rotations != (None, None) for view in views)
+        self.writes = [emit_write(view, source.dtype, fragments, self._twin(view), computed) for view in views]
         self.drawn = [each for view in views for each in emit_drawn(view, source.dtype, fragments)]
         self.parts = parts
         # Where a rotation's matrix is as large as a tile, a program makes it once for several.

@@ -17,9 +17,9 @@ def integer(dtype: torch.dtype) -> str:
 def magnitudes(dtype: torch.dtype, fragments: Fragments) -> str:
     """A function of numbers of `dtype`: their magnitudes."""
     return fragments.add(
-        "magnitudes",
+        f"magnitudes_{8 * dtype.itemsize}",
         f'''
-def magnitudes(x):
+def magnitudes_{8 * dtype.itemsize}(x):
     """|x| as integers. They order as the numbers do, infinities and NaNs on top."""
     return x.to({integer(dtype)}, bitcast=True) & 0x7F{"FF" * (dtype.itemsize - 1)}
 ''',

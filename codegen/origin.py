@@ -28,6 +28,7 @@ class Origin:
     tensors: tuple[Read, ...]
     dtype: torch.dtype  # of the tile
     tiles: tuple[str, ...] = TILES[:1]  # what kernels call the results
+    computed: bool = False  # and not read as it is
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _prologue(kernel: CastKernel, place: _Place, name: str) -> Origin:
     for tile, value in zip(tiles, values, strict=True):
         function.add(f"{tile} = {place.fragments.rounded(value, kernel.dtype)}", *place.zeroed(tile, function))
     function.add(f"return {', '.join(tiles)}")
-    return Origin(function, tuple(tensors), dtype, tiles)
+    return Origin(function, tuple(tensors), dtype, tiles, computed=True)
 
 
 _INFIX = {"add": "+", "sub": "-", "mul": "*"}

@@ -22,14 +22,15 @@ assert __name__ == "lpcompile.codegen.write", "import it as lpcompile.codegen, n
 POINTERS_TO = {"codes": "codes", "values": "values", "scale": "scales", "outer": "outers", "mask": "masks"}
 
 
-def emit_write(view: View, dtype: torch.dtype, fragments: Fragments, twin: bool = False) -> Function:
+def emit_write(view: View, dtype: torch.dtype, fragments: Fragments, twin: bool = False, computed: bool = False) -> Function:
     """`write_<index>(x, row0, col0, <parts>, <peaks>, <seed and use>)` of a tile of `dtype` that is turned already. twin: the
-    values of the same codes are written too, so that a compiler may do once what leads to both."""
+    values of the same codes are written too, so that a compiler may do once what leads to both. computed: the kernel computes
+    or turns tiles, and does not only read them."""
     doc = f"{view.output} of a tile, which lies at (row0, col0) of what is written."
     function = Function(f"write_{view.index}", doc, ("x", "row0", "col0"))
     quant = view.quant
     function.take(*(POINTERS_TO[part] for part in view.output.parts))
-    add_tile(view, dtype, fragments, function)
+    add_tile(view, dtype, fragments, function, computed)
     # FP32 codes are the values themselves, however they would be rounded.
     rounding = Rounding.RTNE if quant.elem == F32 else quant.rounding
     if rounding.stochastic:

@@ -27,12 +27,12 @@ from lpcompile.target import Target
 
 # Share of the copy's bandwidth that casts reach, as measured on a Hopper: codes in one orientation, in both.
 ONE_WAY, BOTH_WAYS = 0.88, 0.84
-# What arithmetic bounds: blocks of 128 across each other, squares of them; codes of 4 bits in one orientation (half the time of
-# both) and in both, their values in a carrier, what is made of such codes; a random word or byte for each; MS-EDEN's sums.
-ACROSS, SQUARES = 0.65, 0.77
+# What arithmetic bounds: blocks of 128 across each other; codes of 4 bits in one orientation (half the time of both) and in
+# both, their values in a carrier, what is made of such codes; a random word or byte for each; MS-EDEN's sums.
+ACROSS = 0.67
 PACKED, PACKED_BOTH, CARRIED, AGAIN = 0.64, 0.39, 0.42, 0.22
 RANDOM, RANDOM_BYTE = 0.26, 0.45
-FOUR_SIX, EDEN, EDEN_AGAIN = 0.6, 0.54, 0.22
+FOUR_SIX, EDEN, EDEN_AGAIN = 0.64, 0.61, 0.22
 # Elements of a row that one program holds, so that its amax and its codes take one read.
 ROW = 16384
 # A rotation of more, or of no power of two, is a product of several factors and goes through memory, where it has 16 bits: in
@@ -249,8 +249,8 @@ def _share(outputs: Sequence[Output], source: Quant | None) -> float:
         return CARRIED
     if packed:
         return PACKED_BOTH if both else PACKED
-    if both and any(max(quant.block.along(1)) >= 128 for quant in quants):
-        return SQUARES if all(quant.block.symmetric for quant in quants) else ACROSS
+    if both and any(max(quant.block.along(1)) >= 128 and not quant.block.symmetric for quant in quants):
+        return ACROSS
     return BOTH_WAYS if both else ONE_WAY
 
 
