@@ -51,18 +51,20 @@ class Driver:
     The interpreter's lock is given back for the time of a call: a launch waits where the device's queue is full.
     """
 
-    def __init__(self, library: ctypes.CDLL) -> None:
+    def __init__(self, library: ctypes.CDLL, device: int) -> None:
         """Raises AttributeError where the library is too old for one of them."""
         self.library = library
-        self.context = ctypes.c_void_p()
         for name in ("cuFuncGetParamInfo", "cuTensorMapReplaceAddress", "cuGraphKernelNodeGetParams_v2"):
             getattr(library, name)
-        self._do("cuCtxGetCurrent", ctypes.byref(self.context))
+        # The one that torch works in. It stays for as long as the process.
+        self.context, number = ctypes.c_void_p(), ctypes.c_int()
+        self._do("cuDeviceGet", ctypes.byref(number), device)
+        self._do("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), number)
 
     def _do(self, name: str, *arguments: Any) -> None:
         function = getattr(self.library, name)
         code = function(*arguments)
-        if code == _NO_CONTEXT and self.context.value:
+        if code == _NO_CONTEXT:
             # A thread that has done nothing on a device yet: torch lets it use the first one without making it current.
             self.library.cuCtxSetCurrent(self.context)
             code = function(*arguments)
@@ -121,7 +123,7 @@ class Driver:
 def find_driver(device: int) -> Driver | None:
     """The driver, for the device of this number, which is current; None where there is none, or one that is too old."""
     try:
-        return Driver(ctypes.CDLL("libcuda.so.1"))
+        return Driver(ctypes.CDLL("libcuda.so.1"), device)
     except (OSError, AttributeError, RuntimeError):
         return None
 
@@ -130,15 +132,22 @@ class Launch:
     """One launch, which is done again with other addresses.
 
     addressed: which tensor each pointer among the parameters is to; described: which one each TMA descriptor is of, both in the
-    order of the arguments and counted as in the `pointers` of a call. pointers: those of the launch that the node is of.
+    order of the arguments and counted as in the `pointers` of a call. pointers: those of the launch that the node is of. kernel:
+    what owns the node's function, and would unload it.
 
     Raises RuntimeError where the node's parameters are others than these.
     """
 
     def __init__(
-        self, driver: Driver, node: Node, addressed: Sequence[int], described: Sequence[int], pointers: Sequence[int]
+        self,
+        driver: Driver,
+        node: Node,
+        addressed: Sequence[int],
+        described: Sequence[int],
+        pointers: Sequence[int],
+        kernel: object = None,
     ) -> None:
-        self.driver, self.addressed, self.described = driver, tuple(addressed), tuple(described)
+        self.driver, self.addressed, self.described, self.kernel = driver, tuple(addressed), tuple(described), kernel
         known = [pointers[index] for index in addressed]
         found = [value for each in node.parameters if len(each) == _POINTER and (value := _number(each)) in set(pointers)]
         if found != known or sum(len(each) == _MAP for each in node.parameters) != len(described):

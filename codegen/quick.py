@@ -204,7 +204,7 @@ def _step(
     addressed = [places[each.data_ptr()] for each in arguments if isinstance(each, Tensor)]
     described = [_whole(each.base, places, tensors) for each in arguments if _is_described(each)]
     node = driver.node(lambda stream: kernel[_three(grid)](*arguments, stream=stream))
-    return Launch(driver, node, addressed, described, list(places))
+    return Launch(driver, node, addressed, described, list(places), kernel)
 
 
 def _is_described(argument: Any) -> bool:

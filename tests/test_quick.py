@@ -65,8 +65,12 @@ class Cuda:
             raise AttributeError(name)
         return lambda *arguments: self.calls.append(name) or 0
 
-    def cuCtxGetCurrent(self, context):
-        context._obj.value = self.contexts.get(threading.get_ident(), 0)
+    def cuDeviceGet(self, number, device):
+        number._obj.value = device + 5
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, number):
+        context._obj.value = number.value + 5
         return 0
 
     def cuCtxSetCurrent(self, context):
@@ -180,7 +184,7 @@ def adding(namespace: dict[str, object], body: str) -> types.FunctionType:
 
 def prepared_for(cuda: Cuda, body: str = BODY, **how: object) -> Prepared:
     names = {"torch": torch, "kernel": Quick(Adder(cuda, **how)), "Descriptor": Descriptor, "Other": Other}
-    return Prepared(adding(names, body), Driver(cuda))
+    return Prepared(adding(names, body), Driver(cuda, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -312,7 +316,7 @@ def test_without_a_driver_a_launch_is_carried_out_as_it_is(monkeypatch: pytest.M
 
 def test_a_launch_of_other_parameters_is_refused():
     cuda = Cuda()
-    driver = Driver(cuda)
+    driver = Driver(cuda, 1)
     x, more, out = (torch.zeros(4) for _ in range(3))
     node = driver.node(lambda stream: Adder(cuda)[(1,)](x, Descriptor(more), out, 5, stream=stream))
     pointers = [each.data_ptr() for each in (x, more, out)]
