@@ -74,7 +74,9 @@ class Driver:
             raise RuntimeError(f"{name} of the CUDA driver: {(text.value or b'unknown').decode()} ({code})")
 
     def node(self, start: Callable[[int], object]) -> Node:
-        """What `start(stream)` launches, which is not carried out. It launches one kernel of a module and does nothing else."""
+        """What `start(stream)` launches, which is not carried out. It launches one kernel of a module and does nothing else.
+
+        Attributes of a launch, such as clusters, are left out: generated kernels have none."""
         stream, graph, node = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
         count, params = ctypes.c_size_t(1), _Params()
         self._do("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
@@ -121,7 +123,7 @@ class Driver:
 
 @functools.cache
 def find_driver(device: int) -> Driver | None:
-    """The driver, for the device of this number, which is current; None where there is none, or one that is too old."""
+    """The driver, for the device of this number; None where there is none, or one that is too old."""
     try:
         return Driver(ctypes.CDLL("libcuda.so.1"), device)
     except (OSError, AttributeError, RuntimeError):
@@ -148,8 +150,8 @@ class Launch:
         kernel: object = None,
     ) -> None:
         self.driver, self.addressed, self.described, self.kernel = driver, tuple(addressed), tuple(described), kernel
-        known = [pointers[index] for index in addressed]
-        found = [value for each in node.parameters if len(each) == _POINTER and (value := _number(each)) in set(pointers)]
+        known, addresses = [pointers[index] for index in addressed], set(pointers)
+        found = [value for each in node.parameters if len(each) == _POINTER and (value := _number(each)) in addresses]
         if found != known or sum(len(each) == _MAP for each in node.parameters) != len(described):
             raise RuntimeError("a kernel's parameters are not its arguments")
         self.pack = struct.Struct(f"{len(known)}Q").pack_into
