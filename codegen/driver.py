@@ -134,8 +134,8 @@ class Launch:
     """One launch, which is done again with other addresses.
 
     addressed: which tensor each pointer among the parameters is to; described: which one each TMA descriptor is of, both in the
-    order of the arguments and counted as in the `pointers` of a call. pointers: those of the launch that the node is of. kernel:
-    what owns the node's function, and would unload it.
+    order of the arguments and counted as in the `pointers` of a call. pointers: those of the launch that the node is of.
+    kernel: what owns the node's function, and would unload it.
 
     Raises RuntimeError where the node's parameters are others than these.
     """

@@ -57,9 +57,7 @@ class Pass:
         self.read = 0  # line of the body behind the load
         self._tail: list[str] = []
 
-    def raise_peak(
-        self, peaks: str, shape: tuple[int, int], dtype: torch.dtype, fragments: Fragments, loaded: bool
-    ) -> None:
+    def raise_peak(self, peaks: str, shape: tuple[int, int], dtype: torch.dtype, fragments: Fragments, loaded: bool) -> None:
         """Lets it raise the amax (its bits, 0 before) of what it stores or, loaded, of what it reads, both of `dtype`."""
         name = "seen" if loaded else "most"
         found = f"{magnitudes(dtype, fragments)}(x)"

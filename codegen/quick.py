@@ -95,7 +95,7 @@ class Prepared:
     ) -> list[Tensor]:
         given = inputs if seed is None else [*inputs, seed]
         addresses = [x.data_ptr() for x in given]
-        askew = any([address % _ALIGNED for address in addresses])
+        askew = any(address % _ALIGNED for address in addresses)
         key = (len(given), *uses, None, *spins, *([address % _ALIGNED == 0 for address in addresses] if askew else ()))
         if key in self.notes:
             notes = self.notes[key]
