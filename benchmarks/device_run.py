@@ -120,6 +120,8 @@ def run_part(part: Part, settings: Settings, script: Path) -> list[Row]:
     folder = Path(settings.out) / part.name
     folder.mkdir(parents=True, exist_ok=True)
     cases = [case for case in part.cases(settings) if settings.match in case["name"]]
+    if not cases:
+        print(f"  {part.name}: no case has {settings.match!r} in its name", flush=True)
     if part.warm and not settings.dry and os.environ.get("LPCOMPILE_AUTOTUNE") != "0":
         half = time.monotonic() + settings.budget / 2
         _spread(part, settings, [{**case, "warm": True} for case in cases], part.warm, (folder / "warm", half, script))

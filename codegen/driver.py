@@ -77,8 +77,9 @@ class Driver:
         """What `start(stream)` launches, which is not carried out. It launches one kernel of a module and does nothing else.
 
         Attributes of a launch, such as clusters, are left out: generated kernels have none."""
-        stream, graph, node = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_void_p()
-        count, params = ctypes.c_size_t(1), _Params()
+        stream, graph, params = ctypes.c_void_p(), ctypes.c_void_p(), _Params()
+        # Room for a second one, which would show.
+        nodes, count = (ctypes.c_void_p * 2)(), ctypes.c_size_t(2)
         self._do("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         try:
             self._do("cuStreamBeginCapture_v2", stream, _RELAXED)
@@ -86,10 +87,12 @@ class Driver:
                 start(stream.value or 0)
             finally:
                 self._do("cuStreamEndCapture", stream, ctypes.byref(graph))
-            self._do("cuGraphGetNodes", graph, ctypes.byref(node), ctypes.byref(count))
-            self._do("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(params))
-            if count.value != 1 or not params.function:
-                raise RuntimeError("a launch of one kernel came to something else")
+            self._do("cuGraphGetNodes", graph, nodes, ctypes.byref(count))
+            if count.value != 1:
+                raise RuntimeError(f"a launch of one kernel came to {count.value} nodes")
+            self._do("cuGraphKernelNodeGetParams_v2", ctypes.c_void_p(nodes[0]), ctypes.byref(params))
+            if not params.function:
+                raise RuntimeError("the kernel is of no module")
             sizes = self._sizes(params.function)
             bytes_of = [ctypes.string_at(params.parameters[index] or 0, size) for index, size in enumerate(sizes)]
             return Node(params.function, tuple(params.dims), tuple(bytes_of))

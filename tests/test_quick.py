@@ -89,8 +89,10 @@ class Cuda:
         graph._obj.value = 1
         return 0
 
-    def cuGraphGetNodes(self, graph, node, count):
-        node._obj.value, count._obj.value = 1, len(self.told)
+    def cuGraphGetNodes(self, graph, nodes, count):
+        # As many as there is room for.
+        count._obj.value = min(count._obj.value, len(self.told))
+        nodes[: count._obj.value] = range(1, count._obj.value + 1)
         return 0
 
     def cuGraphKernelNodeGetParams_v2(self, node, params):
