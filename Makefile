@@ -31,8 +31,8 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/train_llama.py --recipe none,fp8-rowwise,deepseek,int8-rowwise --steps 100 --out out/demo $(ARGS)
 
 test: $(VENV)/.installed-test $(VENV)/.model
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile $(ARGS)
-	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/interpret)
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(if $(ARGS),,TRITON_INTERPRET=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder tests/interpret)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -31,8 +31,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 
 from llama import Llama, LlamaConfig
-from train_llama import DTYPES, standard_library, windows
-from training import BASELINE, Batch, Optimization, Outcome, compiled, plot_losses, runs_of, train
+from train_llama import standard_library, windows
+from training import BASELINE, DTYPES, Batch, Optimization, Outcome, compiled, plot_losses, runs_of, train
 
 import lpcompile as lp
 

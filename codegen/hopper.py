@@ -16,7 +16,7 @@ import torch
 
 from lpcompile.codegen import gemm_body as body
 from lpcompile.codegen import gemm_follow as follow
-from lpcompile.codegen import gemm_turn
+from lpcompile.codegen import gemm_scales, gemm_turn
 from lpcompile.codegen.gemm_main import main_lines
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan, choose
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Schedule, Sizes, Source, header
@@ -111,7 +111,7 @@ def emit_hopper(kernel: GemmKernel, sizes: Sizes, target: Target, schedule: Sche
     _shape(kernel, sizes, target)
     after = _plan(kernel, sizes, target, Schedule((*follow.tile(kernel), schedule.tile[2]))) if _followed(kernel) else None
     writer = _Writer(kernel, _plan(_product(kernel), sizes, target, schedule), after)
-    return Source(kernel, sizes, target, schedule, writer.text(), (writer.entry(), *(follow.entries(after) if after else ())))
+    return Source(kernel, sizes, target, schedule, writer.text(), tuple(writer.entries()))
 
 
 class _Writer:
@@ -166,7 +166,7 @@ class _Writer:
             header(self.kernel, plan.sizes, plan.target, plan.schedule),
             *gemm_turn.imports(self.after),
             *_IMPORTS,
-            *(["import triton.language as tl"] if self.after else []),
+            *(["import triton.language as tl"] if self.after or self.vector else []),
             f"KERNEL = {str(self.kernel)!r}",
             *(f"BLOCK_{axis} = gl.constexpr({size})" for axis, size in zip("MNK", plan.tile, strict=True)),
             f"GROUP = gl.constexpr({plan.schedule.group})",
@@ -180,9 +180,11 @@ class _Writer:
             *self.producer(),
             *(self.promoting() if self.group else self.summing()),
             *self.gemm(),
+            *(["", *gemm_scales.TURN] if self.vector else []),
             *(["", "", *follow.functions(self.after)] if self.after else []),
             *self.launch(),
-            *self.main(),
+            "",
+            *main_lines(self.after or plan),
         ]
         return "\n".join(lines) + "\n"
 
@@ -431,14 +433,14 @@ class _Writer:
         descriptors = [
             *(f"TensorDescriptor.from_tensor({o.name}, {list(self.box(o))}, {o.name.upper()}_LAYOUT)" for o in plan.operands),
             f"TensorDescriptor.from_tensor({result}, [64, 128], OUT_LAYOUT)",
+            *(["TensorDescriptor.from_tensor(b_scales, [1, 128], SCALE_LAYOUT)"] if self.vector else []),
         ]
-        if self.vector:
-            descriptors.append("TensorDescriptor.from_tensor(b_scale.mT.reshape(-1).view(-1, N), [1, 128], SCALE_LAYOUT)")
         lines = [
             f"{', '.join(names)} = map(ready, inputs)",
             shape(plan.a),
             shape(plan.b),
             *(["R, C = sizes"] if after is not None and (after.cropped or after.in_memory) else []),
+            *(gemm_scales.CALLS if self.vector else []),
             f"{result} = torch.empty((M, N), dtype={plan.kernel.out}, device=a.device)",
             "tiles = triton.cdiv(M, BLOCK_M.value) * triton.cdiv(N, BLOCK_N.value)",
             "programs = min(tiles, torch.cuda.get_device_properties(a.device).multi_processor_count)",
@@ -452,12 +454,14 @@ class _Writer:
         ]
         return ["", "", *body.READY, "", *body.LAUNCH_HEAD, *body.indented(lines)]
 
-    def main(self) -> list[str]:
-        return ["", *main_lines(self.after or self.plan)]
-
     # ---- what is compiled ----------------------------------------------------------------------------------------
 
-    def entry(self) -> Entry:
+    def entries(self) -> list[Entry]:
+        """The jit functions as `compile_entry` takes them."""
+        turned = [gemm_scales.entry(self.plan)] if self.vector else []
+        return [self._gemm_entry(), *turned, *(follow.entries(self.after) if self.after else [])]
+
+    def _gemm_entry(self) -> Entry:
         plan = self.plan
 
         def described(name: str, dtype: torch.dtype, box: tuple[int, int], layout: str) -> Argument:

@@ -127,16 +127,13 @@ def _measured(
 
 
 def _best(times: dict[str, float], host: dict[str, float], libraries: Collection[str]) -> str:
-    """The least of the kernel's time and a part of what the launch takes the host.
+    """The least of the kernel's time and what the launch takes the host.
 
-    Kernels hide that where they are long; where they are short it is what a step waits for. Generated kernels take the host
-    alike, the least that was measured: what sets theirs apart is noise. libraries: schedules that are not generated.
+    A step of short kernels waits for the host; beside long ones its time is small. Generated kernels take the host alike, the
+    least that was measured: what sets theirs apart is noise. libraries: schedules that are not generated.
     """
     own = min((each for name, each in host.items() if name not in libraries), default=0.0)
-    return min(times, key=lambda name: times[name] + _HOST * (host[name] if name in libraries else own))
-
-
-_HOST = 0.5  # between hidden and waited for
+    return min(times, key=lambda name: times[name] + (host[name] if name in libraries else own))
 
 
 def _microseconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:

@@ -25,18 +25,18 @@ from rich.console import Console
 from torch import Tensor, nn
 from training import (
     BASELINE,
+    DTYPES,
     Batch,
     Optimization,
     Outcome,
     compiled,
+    default_dtype,
     results_table,
     runs_of,
     train,
     warm_median,
     write_results,
 )
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def weights() -> Path:
@@ -127,7 +127,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="compile each decoder block instead of the whole: much faster to compile",
     )
-    add("--dtype", choices=tuple(DTYPES), default="bf16")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default=default_dtype(),
+        help="of everything without a recipe (default: bf16, or fp32 on a CPU that multiplies no bf16)",
+    )
     add("--learning-rate", type=float, default=None, help="default: 2e-5, with --lora 5e-4")
     add("--seed", type=int, default=0, help="of the adapters' first values")
     add("--out", type=Path, default=Path("out/finetune_smollm2"), help="folder for loss.png and results.json")

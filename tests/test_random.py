@@ -24,6 +24,18 @@ def test_philox_known_answers() -> None:
     assert [hex(int(w)) for w in zero] == ["0x6627e8d5", "0xe169c58d", "0xbc57ac4c", "0x9b00dbd8"]
 
 
+def test_philox_is_the_same_on_tensors_integers_and_arrays() -> None:
+    """A device's tensors wrap where products pass 63 bits. The first of a stream's words, for its key, are integers."""
+    counter, key = torch.randint(2**62, (1000,)), torch.tensor([0xFFFFFFFF, 0x80000001])
+    found = philox.philox(counter, key)
+    tensors = philox._rounds(counter & 0xFFFFFFFF, counter >> 32, torch.zeros_like(counter), key[0], key[1])
+    for array, tensor in zip(found, tensors, strict=True):
+        assert torch.equal(array, tensor)
+        assert int(array.min()) >= 0 and int(array.max()) < 2**32
+    integers = philox._rounds(int(counter[7]) & 0xFFFFFFFF, int(counter[7]) >> 32, 0, *key.tolist())
+    assert [int(array[7]) for array in found] == list(integers)
+
+
 def test_uniform_and_signs_are_uniform() -> None:
     key = philox.stream_key(SEED, 3)
     draws = philox.uniform(2**18, key)

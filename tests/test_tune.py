@@ -72,11 +72,12 @@ def test_the_fastest_schedule_is_measured_once(device, monkeypatch):
     ("vendor", "ours", "best"),
     [
         ((190.0, 60.0), (200.0, 12.0), "ours"),  # the host would take longer than a fast step of such kernels
-        ((1267.0, 60.0), (1310.0, 12.0), "vendor"),  # hidden
+        ((1250.0, 60.0), (1310.0, 12.0), "vendor"),  # little beside the kernel
         ((5.0, 12.0), (7.0, 12.3), "vendor"),  # the host decides, and takes as long for both
         ((5.0, 12.3), (7.0, 12.0), "vendor"),
         ((180.0, 39.0), (183.0, 16.0), "ours"),
-        ((277.0, 45.0), (308.0, 16.0), "vendor"),
+        ((279.0, 67.0), (310.0, 18.0), "ours"),
+        ((540.0, 70.0), (610.0, 18.0), "vendor"),
     ],
 )
 def test_a_launch_that_takes_the_host_long_wins_where_its_kernel_hides_it(vendor, ours, best):
@@ -89,7 +90,7 @@ def test_a_launch_that_takes_the_host_long_wins_where_its_kernel_hides_it(vendor
 def test_the_hosts_noise_does_not_choose_among_generated_kernels():
     times, host = {"a": 31.0, "b": 33.0, "vendor": 30.0}, {"a": 57.0, "b": 35.0, "vendor": 60.0}
     assert tune._best(times, host, {"vendor"}) == "a"
-    assert tune._best(times, host | {"vendor": 36.0}, {"vendor"}) == "vendor"
+    assert tune._best(times, host | {"vendor": 35.5}, {"vendor"}) == "vendor"
 
 
 def test_a_kernel_without_a_schedule_is_an_error(device, monkeypatch):
