@@ -5,6 +5,7 @@ from __future__ import annotations
 # ruff: noqa: N802 - functions named as the driver names them
 import ctypes
 import dataclasses
+import functools
 import struct
 import textwrap
 import threading
@@ -13,8 +14,15 @@ import types
 import pytest
 import torch
 
+from lpcompile.codegen import emit, module, schedules
+from lpcompile.codegen import quick as quickly
 from lpcompile.codegen.driver import Driver, Launch, find_driver
+from lpcompile.codegen.example import Example, example
 from lpcompile.codegen.quick import Prepared, Quick
+from lpcompile.codegen.source import Schedule, Sizes
+from lpcompile.kernel import Kernel
+from lpcompile.layer import layer_kernels
+from lpcompile.target import find_target
 
 
 class Launched:
@@ -326,3 +334,26 @@ def test_a_launch_of_other_parameters_is_refused():
     for addressed, described in (([2, 0], [1]), ([0], [1]), ([0, 2], []), ([0, 2], [0])):
         with pytest.raises(RuntimeError, match=r"parameters|another tensor"):
             Launch(driver, node, addressed, described, pointers)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-rowwise", "deepseek", "halo2-int8", "mxfp4", "nvfp4", "quartet", "quartet2"])
+def test_what_is_generated_for_a_layer_can_be_noted(recipe: str, monkeypatch: pytest.MonkeyPatch):
+    """It allocates and launches and does nothing else: a copy by torch would have it carried out anew each time."""
+    monkeypatch.setattr(Quick, "_launch", lambda _, grid, *given, **how: quickly._NOTING.launches.append((None, grid, given)))
+    monkeypatch.setattr(quickly, "Launch", lambda *noted: noted)
+    processors = types.SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: processors)
+    target = find_target("sm_90")
+
+    def noted(kernel: Kernel, sizes: Sizes, schedule: Schedule, call: Example) -> quickly.Notes | None:
+        launch = functools.partial(quickly.quick(module.load(emit(kernel, sizes, target, schedule))).launch, call.inputs)
+        given = call.inputs if call.seed is None else [*call.inputs, call.seed]
+        driver = types.SimpleNamespace(node=lambda _: None)
+        return quickly._note(driver, given, lambda: launch(call.sizes, call.seed, call.uses, call.spins))[1]
+
+    # So many tokens that a rotation of all of them goes through memory.
+    for each in layer_kernels(recipe, target.name, (1024, 256, 512)):
+        call, sizes = example(each.kernel, each.sizes, "cpu"), Sizes.of(*each.sizes)
+        for schedule in schedules(each.kernel, sizes, target):
+            notes = None if schedule.vendor else noted(each.kernel, sizes, schedule, call)
+            assert schedule.vendor or (notes is not None and notes.steps), f"{each.kernel} with {schedule}"
