@@ -32,7 +32,8 @@ _START, _COMPILED = 0.6, 0.8  # of the time of the part: nobody starts later; wh
 def _cases(settings: Settings) -> list[Case]:
     """One case: bf16, the first recipe, the same with the output head, and everyone else, who may not be reached in time.
 
-    A dry run takes the second alone: each compiles in a process of its own."""
+    A dry run leaves out the one without the head: each compiles in a process of its own.
+    """
     names = [] if settings.quick or settings.dry else contenders(settings)
     plain, headed = settings.recipes[0], settings.recipes[0] + HEAD
     first = [headed] if settings.dry else [plain] if settings.head else [plain, headed]
