@@ -21,20 +21,12 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tests")]
 
 
 # A worker takes a file at a time: the longest come first, so that none is left alone with one of them.
-LONGEST = (
-    "test_linear",
-    "test_models",
-    "test_fuse",
-    "test_convergence",
-    "test_device",
-    "test_backend",
-    "test_once",
-    "test_examples",
-)
+LONGEST = ["linear", "models", "fuse", "convergence", "device", "backend", "once", "examples", "step", "cast_turned", "cast"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(autouse=True, scope="session")
