@@ -111,8 +111,8 @@ def check_recipe(traced: Traced, name: str, recipe: str) -> None:
     assert len(heads) == 3 and all(row.reason.startswith("kept: ") for row in heads)
 
 
-# Inductor compiles C++ for each, a minute on a slow machine: a decoder, one whose weights lie transposed, an encoder.
-INDUCTOR = [("llama", "int8-rowwise"), ("gpt2", "fp8-rowwise"), ("vit", "fp8-rowwise")]
+# Inductor compiles C++ for each, a minute on a slow machine: of today's layers, and of LayerNorm, GELU and transposed weights.
+INDUCTOR = [("llama", "int8-rowwise"), ("gpt2", "fp8-rowwise")]
 
 
 @pytest.mark.parametrize(("name", "recipe"), INDUCTOR)
