@@ -194,9 +194,8 @@ class _Writer:
 
         lines = [f"{o.name.upper()}_LAYOUT = {layout(self.box(o), o.dtype)}" for o in self.plan.operands]
         lines.append(f"OUT_LAYOUT = {layout((64, 128), self.plan.kernel.out)}")
-        if self.vector:
-            lines.append("SCALE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)")
-        return lines
+        plain = "SCALE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)"
+        return [*lines, *([plain] if self.vector else [])]
 
     def scaled(self) -> list[str]:
         """What the sums become, and the store."""
@@ -458,8 +457,8 @@ class _Writer:
 
     def entries(self) -> list[Entry]:
         """The jit functions as `compile_entry` takes them."""
-        turned = [gemm_scales.entry(self.plan)] if self.vector else []
-        return [self._gemm_entry(), *turned, *(follow.entries(self.after) if self.after else [])]
+        others = [gemm_scales.entry(self.plan)] if self.vector else follow.entries(self.after) if self.after else []
+        return [self._gemm_entry(), *others]
 
     def _gemm_entry(self) -> Entry:
         plan = self.plan

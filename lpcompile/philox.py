@@ -35,7 +35,7 @@ def philox(counter: Tensor, key: Tensor) -> tuple[Tensor, ...]:
     """Four 32-bit words (int64 tensors) per counter. counter: int64, non-negative. key: int64 [2], 32 bits each."""
     if counter.device.type != "cpu":
         return _rounds(counter & _MASK, counter >> 32, torch.zeros_like(counter), key[0], key[1])
-    # A tenth of the time: most calls are for a few numbers, and torch's way to an operator is long.
+    # In NumPy, because most calls are for a few numbers, and torch's way to an operator is long.
     of = counter.numpy().view(np.uint64)
     k0, k1 = key.numpy().view(np.uint64)
     found = _rounds(of & np.uint64(_MASK), of >> np.uint64(32), np.zeros_like(of), k0, k1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import pathlib
+
 import pytest
 import torch
 from gemms import check
 
-from lpcompile.codegen import emit
+from lpcompile.codegen import emit, gemm_scales
 from lpcompile.codegen.source import Sizes
 from lpcompile.errors import KernelError
 from lpcompile.kernel import parse
@@ -80,3 +83,17 @@ def test_integers_are_exact():
     text = "gemm int8:row|1 @ int8:row|1' -> f32"
     result = check(text, (45, 39, 51), TILE)
     assert torch.equal(result.found, result.reference)
+
+
+@pytest.mark.parametrize("shape", [(70, 45), (128, 64), (3, 1)])
+def test_scales_of_columns_are_turned(shape: tuple[int, int], tmp_path: pathlib.Path) -> None:
+    """What Hopper's 1x128 @ 1x128 launches before its product."""
+    lines = ["import torch", "import triton", "import triton.language as tl", *gemm_scales.TURN, "", "def turn(a, b_scale, N):"]
+    path = tmp_path / "turned.py"
+    path.write_text("\n".join([*lines, *(f"    {line}" for line in [*gemm_scales.CALLS, "return b_scales"])]))
+    spec = importlib.util.spec_from_file_location("turned", path)
+    turned = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(turned)
+    scales = torch.rand(shape)
+    found = turned.turn(scales, scales, shape[0])
+    assert found.is_contiguous() and torch.equal(found, scales.T)
