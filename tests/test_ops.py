@@ -155,6 +155,16 @@ def test_integer_products_are_exact() -> None:
         assert torch.equal(implementation([codes, ones_m], [other, ones_n], None, dot, None, torch.float32), wanted)
 
 
+@pytest.mark.parametrize("instruction", [True, False])
+def test_byte_products_are_exact_with_an_instruction_and_without(instruction: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: instruction)
+    a, b = (torch.full((4, 1 << 12), sign * 127, dtype=torch.int8) for sign in (1, -1))
+    a[0, 0] = 126
+    dot, one = "int8:tensor|1 @ int8:tensor|1'", torch.ones(1, 1)
+    found = LOWPREC.scaled_mm([a, one], [b, one], None, dot, None, torch.float32)
+    assert torch.equal(found, (a.long() @ b.long().T).float()) and found[0, 0] != found[1, 0]
+
+
 def test_products_of_many_forms_in_one_process() -> None:
     """More than the eight for which Dynamo compiles one function before it gives up."""
     codes, scales = torch.randint(-127, 128, (2, 80, 64), dtype=torch.int8), torch.rand(2, 80, 1) + 0.5
