@@ -162,7 +162,8 @@ def _byte_integers(p: Product) -> bool:
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     """The exact product of int8 matrices as int32.
 
-    Without an instruction for it (VNNI) torch takes twenty times as long as for one in FP64, where each sum is as exact.
+    Without an instruction for it (VNNI) torch takes longer than for one in FP64, where each sum is as exact: 640 ms to 34 for
+    2048x384x1024 on two cores with AVX2. The operands take eight times their memory meanwhile.
     """
     return torch._int_mm(a, b) if torch.cpu._is_vnni_supported() else (a.double() @ b.double()).to(torch.int32)
 
