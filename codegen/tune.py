@@ -37,6 +37,7 @@ assert __name__ == "lpcompile.codegen.tune", "import it as lpcompile.codegen.tun
 
 _CANDIDATES = 6  # a measurement costs a compilation, of which the model's first few are worth it
 _REPEATS = 9
+_HIDING = 500.0  # microseconds: what a product with its casts and autograd's share takes the host (300 to 470, as measured)
 _FLUSHES = 4  # writes of the cache before each, about 60 us each on a Hopper
 
 
@@ -127,11 +128,13 @@ def _measured(
 
 
 def _best(times: dict[str, float], host: dict[str, float], libraries: Collection[str]) -> str:
-    """The least of the kernel's time and what the launch takes the host.
+    """The least of the kernel's time and, where kernels are short, what the launch takes the host.
 
-    A step of short kernels waits for the host; beside long ones its time is small. Generated kernels take the host alike, the
-    least that was measured: what sets theirs apart is noise. libraries: schedules that are not generated.
+    A step of short kernels waits for the host; long ones hide it. Generated kernels take the host alike, the least that was
+    measured: what sets theirs apart is noise. libraries: schedules that are not generated.
     """
+    if min(times.values()) > _HIDING:
+        return min(times, key=lambda name: times[name])
     own = min((each for name, each in host.items() if name not in libraries), default=0.0)
     return min(times, key=lambda name: times[name] + (host[name] if name in libraries else own))
 

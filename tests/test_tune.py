@@ -72,8 +72,10 @@ def test_the_fastest_schedule_is_measured_once(device, monkeypatch):
     ("vendor", "ours", "best"),
     [
         ((190.0, 60.0), (200.0, 12.0), "ours"),  # the host would take longer than a fast step of such kernels
-        ((1250.0, 60.0), (1310.0, 12.0), "vendor"),  # little beside the kernel
-        ((1267.0, 60.0), (1310.0, 12.0), "ours"),  # the price of counting it whole: here it may be hidden
+        ((1267.0, 60.0), (1310.0, 12.0), "vendor"),  # the kernel hides it
+        ((495.0, 60.0), (505.0, 12.0), "ours"),
+        ((505.0, 60.0), (515.0, 12.0), "vendor"),
+        ((515.0, 60.0), (505.0, 12.0), "ours"),
         ((5.0, 12.0), (7.0, 12.3), "vendor"),  # the host decides, and takes as long for both
         ((5.0, 12.3), (7.0, 12.0), "vendor"),
         ((180.0, 39.0), (183.0, 16.0), "ours"),
