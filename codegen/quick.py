@@ -12,7 +12,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -95,8 +95,12 @@ class Prepared:
     ) -> list[Tensor]:
         given = inputs if seed is None else [*inputs, seed]
         addresses = [x.data_ptr() for x in given]
-        askew = any(address % _ALIGNED for address in addresses)
-        key = (len(given), *uses, None, *spins, *([address % _ALIGNED == 0 for address in addresses] if askew else ()))
+        key: tuple[Any, ...] = (len(given), *uses, None, *spins)
+        bits = 0
+        for address in addresses:
+            bits |= address
+        if bits % _ALIGNED:
+            key += tuple(address % _ALIGNED == 0 for address in addresses)
         if key in self.notes:
             notes = self.notes[key]
             return self.launch(inputs, sizes, seed, uses, spins) if notes is None else notes.carry_out(given, addresses)
@@ -115,27 +119,29 @@ def _driver_of(x: Tensor) -> Driver | None:
 
 @dataclass(frozen=True)
 class Notes:
-    """What a launch did: what it allocated, zeroed (tensor, bytes) and launched, which tensors it returned.
+    """What a launch did: what it allocated, zeroed (tensor, how) and launched, which tensors it returned.
 
     Tensors count from the given ones on. For the current device.
     """
 
-    driver: Driver
     device: int
     made: tuple[Callable[[], Tensor], ...]
-    zeroed: tuple[tuple[int, int], ...]
+    zeroed: tuple[tuple[int, Callable[[int, int], None]], ...]
     steps: tuple[Launch, ...]
     results: tuple[int, ...]
+    # Parameters are written, then read by the driver: two threads take turns.
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def carry_out(self, given: Sequence[Tensor], addresses: Sequence[int]) -> list[Tensor]:
         """The same on other tensors of the same kind, in the current stream."""
-        tensors = [*given, *[make() for make in self.made]]
-        pointers = [*addresses, *[x.data_ptr() for x in tensors[len(given) :]]]
+        made = [make() for make in self.made]
+        tensors, pointers = [*given, *made], [*addresses, *[x.data_ptr() for x in made]]
         stream = torch._C._cuda_getCurrentRawStream(self.device)
-        for index, size in self.zeroed:
-            self.driver.fill(pointers[index], size, stream)
-        for step in self.steps:
-            step(pointers, stream)
+        with self.lock:
+            for index, fill in self.zeroed:
+                fill(pointers[index], stream)
+            for step in self.steps:
+                step(pointers, stream)
         return [tensors[index] for index in self.results]
 
 
@@ -187,8 +193,8 @@ def _note(driver: Driver, given: Sequence[Tensor], launch: Callable[[], list[Ten
     except (KeyError, AttributeError, RuntimeError):
         # An argument that is not known whole, descriptors of another make, or a driver that tells something else.
         return results, None
-    zeroed = tuple((len(given) + index, x.nbytes) for index, (zeros, x) in enumerate(made) if zeros)
-    return results, Notes(driver, given[0].get_device(), tuple(_maker(x) for _, x in made), zeroed, steps, returned)
+    zeroed = tuple((len(given) + index, driver.filler(x.nbytes)) for index, (zeros, x) in enumerate(made) if zeros)
+    return results, Notes(given[0].get_device(), tuple(_maker(x) for _, x in made), zeroed, steps, returned)
 
 
 def _step(

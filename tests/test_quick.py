@@ -130,12 +130,13 @@ class Cuda:
         ctypes.memset(address.value, value, size.value)
         return 0
 
-    def cuLaunchKernel(self, function, *arguments):
-        *dims, stream, parameters, extra = arguments
-        assert (function.value, tuple(dims), stream.value, extra) == (3, (4, 1, 1, 128, 1, 1, 99), 7, None)
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        # As cuda.h lays it out: grid, block and shared memory, a stream, no attributes.
+        told = struct.unpack("=7I4xQQI4x", ctypes.string_at(ctypes.addressof(config._obj), 56))
+        assert (told, function.value, extra) == ((4, 1, 1, 128, 1, 1, 99, 7, 0, 0), 3, None)
         if not self.contexts.get(threading.get_ident()):
             return 201
-        self.calls.append("cuLaunchKernel")
+        self.calls.append("cuLaunchKernelEx")
         texts = [ctypes.string_at(place, size) for place, size in zip(parameters, (8, 128, 8, 4), strict=False)]
         add(*(struct.unpack_from("Q", text)[0] for text in (texts[0], texts[2], texts[1])), struct.unpack("i", texts[3])[0])
         return self.code
@@ -214,9 +215,9 @@ def test_a_launch_is_noted_and_done_again_with_other_tensors():
             assert out.tolist() == [10.0 * turn + 100 + turn + use] * 4
             if turn:
                 done = [name for name in cuda.calls if name != "cuTensorMapReplaceAddress"]
-                assert done == ["cuMemsetD8Async", "cuLaunchKernel"]
+                assert done == ["cuMemsetD8Async", "cuLaunchKernelEx"]
             else:
-                assert "launch" in cuda.calls and "cuLaunchKernel" not in cuda.calls
+                assert "launch" in cuda.calls and "cuLaunchKernelEx" not in cuda.calls
                 assert cuda.calls[-1] != "cuMemsetD8Async" and "cuStreamDestroy_v2" in cuda.calls
     # Of one tensor given twice it is not known which argument is which; another alignment is another launch.
     before = dict(prepared.notes)
@@ -267,7 +268,7 @@ def test_a_launch_that_does_more_is_not_noted(body: str, how: dict[str, object])
     x, more = torch.ones(4), torch.full((4,), 2.0)
     first, second = (prepared([x, more])[0] for _ in range(2))
     assert list(prepared.notes.values()) == [None]
-    assert torch.equal(first, second) and first.abs().sum() > 0 and "cuLaunchKernel" not in cuda.calls
+    assert torch.equal(first, second) and first.abs().sum() > 0 and "cuLaunchKernelEx" not in cuda.calls
 
 
 def test_a_thread_without_a_context_is_given_one_and_other_errors_are_told():
@@ -283,7 +284,7 @@ def test_a_thread_without_a_context_is_given_one_and_other_errors_are_told():
         thread.join()
         assert found.pop() == [expected] * 4 and list(cuda.contexts.values()) == [11, 11]
     cuda.code = 700
-    with pytest.raises(RuntimeError, match=r"cuLaunchKernel .*CUDA_ERROR_FOR_A_TEST \(700\)"):
+    with pytest.raises(RuntimeError, match=r"cuLaunchKernelEx .*CUDA_ERROR_FOR_A_TEST \(700\)"):
         prepared([x, more], (), None, [1])
 
 
@@ -348,7 +349,7 @@ def test_what_is_generated_for_a_layer_can_be_noted(recipe: str, monkeypatch: py
     def noted(kernel: Kernel, sizes: Sizes, schedule: Schedule, call: Example) -> quickly.Notes | None:
         launch = functools.partial(quickly.quick(module.load(emit(kernel, sizes, target, schedule))).launch, call.inputs)
         given = call.inputs if call.seed is None else [*call.inputs, call.seed]
-        driver = types.SimpleNamespace(node=lambda _: None)
+        driver = types.SimpleNamespace(node=lambda _: None, filler=lambda _: None)
         return quickly._note(driver, given, lambda: launch(call.sizes, call.seed, call.uses, call.spins))[1]
 
     # So many tokens that a rotation of all of them goes through memory.
