@@ -38,7 +38,8 @@ assert __name__ == "lpcompile.codegen.tune", "import it as lpcompile.codegen.tun
 _CANDIDATES = 6  # a measurement costs a compilation, of which the model's first few are worth it
 _REPEATS = 9
 _HIDING = 500.0  # microseconds: what a product with its casts and autograd's share takes the host (300 to 470, as measured)
-_FLUSHES = 4  # writes of the cache before each, about 60 us each on a Hopper
+_FLUSHES = 4  # writes of the cache before each at least, about 60 us each on a Hopper
+_MOST_FLUSHES = 64
 
 
 @dataclass(frozen=True)
@@ -141,23 +142,28 @@ def _best(times: dict[str, float], host: dict[str, float], libraries: Collection
 
 def _microseconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
     """(device, host) time of a launch whose inputs come from memory, not from the L2 cache: the median, and the least."""
-    # Writing this much, and so often, keeps the device busy while the host prepares the launch, whose time is another's.
     size = max(2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0), 256 << 20)
     flush = torch.empty(size, dtype=torch.int8, device=device)
-    times: list[float] = []
-    host: list[float] = []
-    for _ in range(_REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(_FLUSHES):
+
+    def timed(flushes: int) -> tuple[float, float, float]:
+        """Microseconds of the flushes, of the launch, and of the host."""
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        for _ in range(flushes):
             flush.zero_()
-        start.record()
+        marks[1].record()
         begin = time.perf_counter()
         run()
-        host.append(1e6 * (time.perf_counter() - begin))
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times), min(host)
+        host = 1e6 * (time.perf_counter() - begin)
+        marks[2].record()
+        marks[2].synchronize()
+        return 1e3 * marks[0].elapsed_time(marks[1]), 1e3 * marks[1].elapsed_time(marks[2]), host
+
+    # Writing the cache so often keeps the device busy while the host prepares the launch, whose time is another's.
+    first, _, host = timed(_FLUSHES)
+    flushes = min(max(_FLUSHES, math.ceil(2 * host * _FLUSHES / first)), _MOST_FLUSHES)
+    times = [timed(flushes) for _ in range(_REPEATS)]
+    return statistics.median(each for _, each, _ in times), min(each for *_, each in times)
 
 
 def failures(schedule: Schedule | None = None) -> tuple[type[BaseException], ...]:

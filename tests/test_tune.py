@@ -97,6 +97,51 @@ def test_the_hosts_noise_does_not_choose_among_generated_kernels():
     assert tune._best(times, host | {"vendor": 35.5}, {"vendor"}) == "vendor"
 
 
+class Clock:
+    """A device that works off a queue behind a host, both in microseconds. Stands for CUDA events and a tensor, too."""
+
+    def __init__(self) -> None:
+        self.host = self.device = self.flushed = 0.0
+
+    def work(self, host: float, device: float) -> None:
+        self.host += host
+        self.device = max(self.device, self.host) + device
+
+    def zero_(self) -> None:
+        self.flushed += 1
+        self.work(8.0, 60.0)
+
+    def event(self, enable_timing: bool) -> Event:
+        return Event(self)
+
+
+class Event:
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def record(self) -> None:
+        self.clock.work(1.0, 0.0)
+        self.at = self.clock.device
+
+    def synchronize(self) -> None:
+        self.clock.host = max(self.clock.host, self.at)
+
+    def elapsed_time(self, end: Event) -> float:
+        return (end.at - self.at) / 1e3
+
+
+@pytest.mark.parametrize("host", [20.0, 230.0, 300.0, 900.0])
+def test_a_launch_is_timed_without_what_it_takes_the_host(host, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(torch.cuda, "Event", clock.event)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: None)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: clock)
+    monkeypatch.setattr(tune.time, "perf_counter", lambda: clock.host / 1e6)
+    found = tune._microseconds(lambda: clock.work(host, 150.0), torch.device("cuda", 0))
+    assert found == (pytest.approx(150.0), pytest.approx(host))
+    assert clock.flushed >= 4 * 10, "inputs come from memory"
+
+
 def test_a_kernel_without_a_schedule_is_an_error(device, monkeypatch):
     monkeypatch.setattr(tune, "schedules", lambda *_: (THIRD, FOURTH))
     with pytest.raises(KernelError, match=r"no schedule runs on this device.*out of shared memory"):
