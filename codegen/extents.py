@@ -65,3 +65,9 @@ class Extent:
         if self._multiple(block):
             return Extent(f"({self.text} // {block})", None, sympy.cancel(self.divisors / block))
         return Extent(f"(({self.text} + {block - 1}) // {block})", None, sympy.Symbol("blocks", integer=True))
+
+    def times(self, count: int) -> Extent:
+        """So many times the size."""
+        if self.known is not None or count == 1:
+            return self if count == 1 else Extent.number(count * (self.known or 0))
+        return Extent(f"({self.text} * {count})", None, count * self.divisors)

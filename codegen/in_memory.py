@@ -1,7 +1,8 @@
 """Rotations too large for a tile: kernels of their own, which write the turned matrix.
 
-A rotation is a product of the factors of `hadamard`. Along a row, one program turns whole blocks by all of them. Along a column
-each factor is a pass over the matrix. Between two factors numbers have the dtype of the matrix.
+A rotation is a product of the factors of `hadamard`. Along a row, one program turns blocks by all of them; where it could not
+hold a block, the widest strides are passes of their own. Along a column each factor is a pass over the matrix. Between two
+factors numbers have the dtype of the matrix.
 
     cast: rows -> columns, the widest stride first          undo of a product: columns, the widest stride last -> rows
 """
@@ -30,7 +31,6 @@ from lpcompile.recipe import Rotation, Signs
 assert __name__ == "lpcompile.codegen.in_memory", "import it as lpcompile.codegen, not as codegen"
 
 _ROW_TILE = 4096  # elements that one program turns at least
-_LARGEST_ROW = 1 << 15
 _COLUMN_TILE = 8192
 _PROGRAMS = 2000  # that keep a large device busy
 _SMALL = ("sm_89", "sm_120")  # less than half the shared memory of the others
@@ -39,11 +39,6 @@ Extents = tuple[Extent, Extent]
 Rotations = tuple[Rotation | None, Rotation | None]
 # (name, tile, sizes) -> the function that loads such tiles
 LoadOf = Callable[[str, tuple[int, int], Extents], Origin]
-
-
-def padded(factor: Factor) -> int:
-    """The order that a product takes."""
-    return max(next_power_of_two(factor.order), 16)
 
 
 class Pass:
@@ -83,6 +78,25 @@ class _Step:
     first: bool = True
     last: bool = True
 
+    @property
+    def span(self) -> int:
+        """The length of what it mixes."""
+        return max(each.order * each.stride for each in self.factors)
+
+    @property
+    def apart(self) -> bool:
+        """True where what it mixes lies apart: a column, or every so manieth element of a row."""
+        return self.axis == 0 or min(each.stride for each in self.factors) > 1
+
+
+def _steps(axis: int, rotation: Rotation | None, inverse: bool = False) -> list[_Step]:
+    """The passes of a rotation: along a row, one for all factors that a program can hold."""
+    if rotation is None:
+        return []
+    alone = [(each,) for each in hadamard.factors(rotation.block, inverse)]
+    groups = hadamard.passes_along_rows(rotation.block, inverse) if axis == 1 else alone
+    return [_Step(axis, rotation, each, each is groups[0], each is groups[-1]) for each in groups]
+
 
 class Turner:
     """Writes the kernels that turn one matrix, or turn it back.
@@ -113,21 +127,17 @@ class Turner:
     def turn(self, load: LoadOf, extents: Extents, plain: str) -> None:
         """As a cast asks. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
         rows, cols = self.rotations
-        steps = [_Step(1, cols, hadamard.factors(cols.block))] if cols is not None else []
-        if rows is not None:
-            steps += [_Step(0, rows, (each,), not index) for index, each in enumerate(hadamard.factors(rows.block))]
+        steps = [*_steps(1, cols), *_steps(0, rows)]
         source = plain
-        if steps[0].axis == 0 and not plain:
+        if steps[0].apart and not plain:
             source = self._copy(load, extents)
-        self.reads = plain if steps[0].axis == 0 else ""
+        self.reads = plain if steps[0].apart else ""
         self._run(steps, source, extents, load)
 
     def turn_back(self, source: str, extents: Extents, crop: Extents) -> None:
         """`source` of these sizes, which may be overwritten; crop: the sizes of the result."""
         rows, cols = self.rotations
-        found = hadamard.factors(rows.block, True) if rows is not None else ()
-        steps = [_Step(0, rows, (each,), last=each is found[-1]) for each in found if rows is not None]
-        steps += [_Step(1, cols, hadamard.factors(cols.block, True))] if cols is not None else []
+        steps = [*_steps(0, rows, True), *_steps(1, cols, True)]
         self._run(steps, source, extents, None, crop)
 
     def _run(self, steps: list[_Step], source: str, extents: Extents, load: LoadOf | None, crop: Extents | None = None) -> None:
@@ -142,6 +152,8 @@ class Turner:
             target = source if ours else self._made(written)
             if step.axis == 0:
                 self._column(step, source, extents, written, target)
+            elif step.apart:
+                self._along_row(step, source, extents, written, target)
             else:
                 self._row(step, load if number == 0 else None, source, extents, written, target)
             source, extents = target, written
@@ -166,11 +178,11 @@ class Turner:
     # ---- along rows ----------------------------------------------------------------------------------------------
 
     def _row(self, step: _Step, load: LoadOf | None, source: str, extents: Extents, written: Extents, target: str) -> None:
-        block = step.rotation.block
+        block = step.span
         # What lies behind another factor has no room for zeros.
-        tight = all(padded(each) == each.order for each in step.factors if each.order * each.stride < block)
-        width = math.prod(map(padded, step.factors))
-        if not tight or width > _LARGEST_ROW:
+        tight = all(each.padded == each.order for each in step.factors if each.order * each.stride < block)
+        width = math.prod(each.padded for each in step.factors)
+        if not tight:
             raise KernelError(f"{step.rotation}: no program turns a row of {' x '.join(str(f.order) for f in step.factors)}")
         height = max(_ROW_TILE // width, 1)
         made, head, body = self._start(f"rows_{self.index}", step)
@@ -205,9 +217,9 @@ class Turner:
     def _multiply_rows(self, split: tuple[Factor, ...], height: int, made: Pass) -> None:
         """Adds products with all factors: the innermost from the right, others from the left."""
         for factor in split:
-            size = padded(factor)
-            front = height * math.prod(padded(each) for each in split if each.stride > factor.stride)
-            behind = math.prod(padded(each) for each in split if each.stride < factor.stride)
+            size = factor.padded
+            front = height * math.prod(each.padded for each in split if each.stride > factor.stride)
+            behind = math.prod(each.padded for each in split if each.stride < factor.stride)
             if behind == 1:
                 made.body.add(f"x = tl.reshape(x, ({front}, {size}))")
                 self._multiply(factor, made, left=False)
@@ -223,9 +235,8 @@ class Turner:
 
     def _column(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
         (factor,) = step.factors
-        size, stride, height = factor.order, factor.stride, padded(factor)
-        # FP32 numbers are three of 16 bits to a product.
-        width = min(max(_COLUMN_TILE // (height * (1 if self.dtype.itemsize == 2 else 2)), 16), 256)
+        size, stride, height = factor.order, factor.stride, factor.padded
+        width = self._width(height)
         whole, cols = (extents if self.back else written)[0], extents[1]
         made, head, body = self._start(f"cols_{size}_{stride}_{self.index}", step)
         lines = whole.blocks(size)
@@ -256,6 +267,38 @@ class Turner:
         body.add(f"tl.store({body.take(target)} + offset, x{_mask(inside)})")
         self._finish(made, f"{tiles.host} * {lines.host}", 8)
 
+    def _along_row(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
+        """A pass for a factor that mixes what lies apart in a row."""
+        (factor,) = step.factors
+        size, stride, height = factor.order, factor.stride, factor.padded
+        width = min(self._width(height), stride)
+        parts = stride // width
+        made, head, body = self._start(f"rows_{size}_{stride}_{self.index}", step)
+        others = (extents if self.back else written)[1].blocks(stride * size).times(parts)
+        tiles = self._walk(made, "row0", extents[0], 1, others, (height, width))
+        head.add(
+            f"part = program % {others.text}",
+            f"place = tl.arange(0, {height})[:, None] * {stride} + part % {parts} * {width} + tl.arange(0, {width})[None, :]",
+            f"col = part // {parts} * {size * stride} + place",
+        )
+        row = "row.to(tl.int64)" if self.fragments.wide else "row"
+        body.add("row = row0 + tl.arange(0, 1)[:, None]")
+        inside = [f"(place < {size * stride})"] if size != height else []
+        ragged = [f"(col < {(written if self.back else extents)[1].text})"] if extents[1] != written[1] else []
+        reads, stores = ([*inside, *each] for each in (([], ragged) if self.back else (ragged, [])))
+        body.add(f"x = tl.load({body.take(source)} + {row} * {extents[1].text} + col{_mask(reads, ', other=0.0')})")
+        made.read = len(body.lines)
+        self._sign(step, "before", "place", "", made)
+        self._multiply(factor, made, left=True)
+        self._sign(step, "after", "place", "", made)
+        made.inside = " & ".join(stores)
+        body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + col, x{_mask(stores)})")
+        self._finish(made, f"{tiles.host} * {others.host}", 8)
+
+    def _width(self, height: int) -> int:
+        """Columns of a tile that is multiplied from the left. FP32 numbers are three of 16 bits to a product."""
+        return min(max(_COLUMN_TILE // (height * (1 if self.dtype.itemsize == 2 else 2)), 16), 256)
+
     def _copy(self, load: LoadOf, extents: Extents) -> str:
         """Writes what a prologue computes: passes along columns read rows that lie apart."""
         height, width = 64, 128
@@ -276,7 +319,7 @@ class Turner:
     def _start(self, name: str, step: _Step) -> tuple[Pass, Function, Function]:
         """A pass, what it does before its loop, and what it does in it."""
         verb = "Turns back by" if self.back else "Turns by"
-        count = "all of" if len(step.factors) > 1 else "a factor of"
+        count = "all of" if step.first and step.last else "factors of" if len(step.factors) > 1 else "a factor of"
         made = Pass(f"turn_{name}", f"{verb} {count} {step.rotation} along axis {step.axis}.")
         if step.rotation.signs is Signs.DRAWN and (step.last if self.back else step.first):
             made.function.take("seed", f"spin_{step.axis}_{self.index}")
@@ -328,7 +371,7 @@ class Turner:
     def _matrix(self, factor: Factor, function: Function) -> str:
         """The factor's matrix as a rotation multiplies it from the right."""
         if not factor.base:
-            return f"{matrix_fragment(self.fragments)}({factor.order}, {padded(factor)})"
+            return f"{matrix_fragment(self.fragments)}({factor.order}, {factor.padded})"
         name = self.fragments.add(
             "base_matrix_of",
             '''
@@ -340,7 +383,7 @@ def base_matrix_of(base, SIZE: tl.constexpr):
         )
         if factor.order not in [each.order for each in self.bases]:
             self.bases.append(factor)
-        return f"{name}({function.take(f'base_{factor.order}')}, {padded(factor)})"
+        return f"{name}({function.take(f'base_{factor.order}')}, {factor.padded})"
 
     # ---- for launchers -------------------------------------------------------------------------------------------
 
@@ -351,7 +394,7 @@ def base_matrix_of(base, SIZE: tl.constexpr):
 
     def found_bases(self, device: str) -> list[str]:
         """Lines that find the matrices which kernels read."""
-        return [f"base_{each.order} = base_matrix({each.order}, {padded(each)}, {device})" for each in self.bases]
+        return [f"base_{each.order} = base_matrix({each.order}, {each.padded}, {device})" for each in self.bases]
 
 
 def _mask(checks: list[str], other: str = "") -> str:

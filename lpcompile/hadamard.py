@@ -242,6 +242,11 @@ class Factor:
         """True where its matrix is not Sylvester's."""
         return not _is_power_of_two(self.order)
 
+    @property
+    def padded(self) -> int:
+        """The order that a product of a tensor core takes."""
+        return max(1 << (self.order - 1).bit_length(), 16)
+
 
 def _orders(block: int) -> list[int]:
     """Orders of the factors, that of the largest stride first: few, equal, of at most 128; 256 where one is enough."""
@@ -274,6 +279,26 @@ def factors(block: int, inverse: bool = False) -> tuple[Factor, ...]:
     scales = [2.0 ** -((order.bit_length() - 1) // 2) for order, _ in pairs[:-1]]
     scales.append(1 / math.sqrt(block) / math.prod(scales))
     return tuple(Factor(order, stride, scale) for (order, stride), scale in zip(pairs, scales, strict=True))
+
+
+_ROW = 1 << 14  # elements of a block that a program holds while it turns them
+
+
+def passes_along_rows(block: int, inverse: bool = False) -> tuple[tuple[Factor, ...], ...]:
+    """The factors of a rotation along rows, in their order, and which of them one program applies to a row that it holds.
+
+    The widest strides have passes of their own where a program could not hold what all of them mix.
+
+    >>> [[(factor.order, factor.stride) for factor in each] for each in passes_along_rows(28672)]
+    [[(28, 1024)], [(32, 32), (32, 1)]]
+    """
+    apart: list[tuple[Factor, ...]] = []
+    held = factors(block, inverse)
+    while len(held) > 1 and math.prod(each.padded for each in held) > _ROW:
+        wide = held[-1 if inverse else 0]
+        held = tuple(each for each in held if each is not wide)
+        apart.append((wide,))
+    return (held, *apart[::-1]) if inverse else (*apart, held)
 
 
 @functools.cache

@@ -262,12 +262,13 @@ def _in_tile(turn: Rotation | None) -> bool:
 def _passes(pair: tuple[Rotation | None, Rotation | None]) -> int:
     """The number of passes over a matrix that is turned in memory; 0 where a tile holds blocks.
 
-    Along rows one program turns whole blocks; along columns each factor is a pass.
+    Along rows one program turns whole blocks, as far as it can hold them; along columns each factor is a pass.
     """
     rows, cols = pair
     if all(map(_in_tile, pair)):
         return 0
-    return int(cols is not None) + (len(hadamard.factors(rows.block)) if rows is not None else 0)
+    along = len(hadamard.passes_along_rows(cols.block)) if cols is not None else 0
+    return along + (len(hadamard.factors(rows.block)) if rows is not None else 0)
 
 
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:

@@ -284,7 +284,10 @@ def test_a_large_rotation_is_a_product_of_two() -> None:
     assert cols.launches == 4 and cols.minimum == 6 * size + 8
     # What passes move takes its own time.
     assert cols.time(TOY) == pytest.approx(((cols.moved - cols.apart) / ONE_WAY + cols.apart / PASS) / 5e5)
-    # 28 x 32 x 32 along tokens: three passes.
+    # 28 x 32 x 32 along features: a program holds 32 x 32, and 28 is a pass of its own.
+    wide = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h28672", 128, 28672)
+    assert (wide.apart, wide.launches) == (2 * (2 + 2) * 128 * 28672, 3)
+    # The same along tokens: three passes.
     assert cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|0:h28672", 28672, 128).launches == 4
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from casting import bits, check, run, sample
 
-from lpcompile import ops
+from lpcompile import hadamard, ops
 from lpcompile.carrier import carrying
 from lpcompile.codegen import turn
 from lpcompile.kernel import DecodeKernel, RequantKernel, parse
@@ -72,6 +72,27 @@ def test_turned(text: str) -> None:
 def test_too_large_for_a_tile(text: str, shape: tuple[int, int]) -> None:
     kernel = parse(text)
     powers = [torch.exp2(torch.arange(shape[0]) % 3).float() for _ in kernel.inputs[1:]]
+    for symbolic in (False, True):
+        check(*run(text, [whole(shape, torch.bfloat16, symbolic), *powers], symbolic=symbolic, **RANDOM))
+
+
+@pytest.mark.parametrize(
+    ("output", "shape"),
+    [
+        ("int8:tensor|1|1:h1024drawn", (5, 1000)),
+        ("int8:tensor|1|1:h1024', int8:row|1|1:h1024fixed", (3, 2048)),
+        ("int8:tensor|1|1:h3584fixed", (3, 3500)),
+        ("e4m3:tensor|1|0:h28|1:h512'", (56, 512)),
+    ],
+)
+@pytest.mark.parametrize("prologue", ["", "x0"])
+def test_rows_that_no_program_holds(
+    output: str, shape: tuple[int, int], prologue: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their widest strides have passes of their own; what a prologue computes is written first."""
+    monkeypatch.setattr(hadamard, "_ROW", 256)
+    text = f"cast x0:bf16 x1:f32[r] = mul(x0, x1) as bf16 -> {output}" if prologue else BF16 + output
+    powers = [torch.exp2(torch.arange(shape[0]) % 3).float()] if prologue else []
     for symbolic in (False, True):
         check(*run(text, [whole(shape, torch.bfloat16, symbolic), *powers], symbolic=symbolic, **RANDOM))
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from gemms import check, check_followed
 
+from lpcompile import hadamard
 from lpcompile.codegen import schedules
 from lpcompile.codegen.source import Sizes
 from lpcompile.kernel import parse
@@ -65,7 +66,9 @@ def test_rotations_that_no_tile_holds(rest: str, shape: tuple[int, int, int]):
     check_followed(ROW + rest, shape, TILE)
 
 
-def test_a_long_block_of_a_row():
+@pytest.mark.parametrize("held", [1 << 14, 256], ids=["by one program", "in passes"])
+def test_a_long_block_of_a_row(held: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hadamard, "_ROW", held)
     check_followed(f"{ROW} -> bf16 * 0:h12 * 1:h3072drawn", (20, 50, 33), (32, 128, 32))
 
 
