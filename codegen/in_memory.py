@@ -32,6 +32,8 @@ assert __name__ == "lpcompile.codegen.in_memory", "import it as lpcompile.codege
 
 _ROW_TILE = 4096  # elements that one program turns at least
 _COLUMN_TILE = 8192
+_WHOLE = 128  # the largest matrix that a product takes at once
+_PART = 64  # rows of a larger one that it takes at a time
 _PROGRAMS = 2000  # that keep a large device busy
 _SMALL = ("sm_89", "sm_120")  # less than half the shared memory of the others
 
@@ -49,16 +51,18 @@ class Pass:
         self.body = Function("", "", arguments=self.function.arguments)
         self.loop, self.grid, self.warps = "", "", 4
         self.inside = ""  # where the body stores
-        self.read = 0  # line of the body behind the load
+        self.shape = (0, 0)  # of what it stores
+        self.read, self.inset, self.part = 0, "", (0, 0)  # line of the body behind the load, its indentation, what is loaded
         self._tail: list[str] = []
 
-    def raise_peak(self, peaks: str, shape: tuple[int, int], dtype: torch.dtype, fragments: Fragments, loaded: bool) -> None:
+    def raise_peak(self, peaks: str, dtype: torch.dtype, fragments: Fragments, loaded: bool) -> None:
         """Lets it raise the amax (its bits, 0 before) of what it stores or, loaded, of what it reads, both of `dtype`."""
         name = "seen" if loaded else "most"
         found = f"{magnitudes(dtype, fragments)}(x)"
         found = f"tl.where({self.inside}, {found}, 0).to({integer(dtype)})" if self.inside and not loaded else found
-        self.function.add(f"{name} = tl.zeros({shape}, {integer(dtype)})")
-        self.body.lines.insert(self.read if loaded else len(self.body.lines), f"{name} = tl.maximum({name}, {found})")
+        self.function.add(f"{name} = tl.zeros({self.part if loaded else self.shape}, {integer(dtype)})")
+        place, inset = (self.read, self.inset) if loaded else (len(self.body.lines), "")
+        self.body.lines.insert(place, f"{inset}{name} = tl.maximum({name}, {found})")
         most = bits(f"tl.max({name})", dtype)
         self._tail.append(f'tl.atomic_max({self.function.take(peaks)}, {most}, sem="relaxed")')
 
@@ -122,7 +126,6 @@ class Turner:
         self.scratch: list[tuple[str, Extents]] = []
         self.bases: list[Factor] = []
         self.reads = ""
-        self._shapes: list[tuple[int, int]] = []  # of the tiles of each pass
 
     def turn(self, load: LoadOf, extents: Extents, plain: str) -> None:
         """As a cast asks. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
@@ -169,11 +172,11 @@ class Turner:
 
     def peek(self, peaks: str) -> None:
         """Lets the first pass raise the amax of the matrix as it is read."""
-        self.passes[0].raise_peak(peaks, self._shapes[0], self.dtype, self.fragments, loaded=True)
+        self.passes[0].raise_peak(peaks, self.dtype, self.fragments, loaded=True)
 
     def raise_peak(self, peaks: str) -> None:
         """Lets the last pass raise the amax of the turned matrix."""
-        self.passes[-1].raise_peak(peaks, self._shapes[-1], self.dtype, self.fragments, loaded=False)
+        self.passes[-1].raise_peak(peaks, self.dtype, self.fragments, loaded=False)
 
     # ---- along rows ----------------------------------------------------------------------------------------------
 
@@ -204,10 +207,10 @@ class Turner:
         else:
             place = f"{body.take(source)} + {row} * {extents[1].text} + (col0 + col)"
             body.add(f"x = tl.load({place}{_mask(beyond, ', other=0.0')})")
-        self._sign(step, "before", "place", "[None, :]", made)
+        self._sign(step, "before", "place", "[None, :]", head, body)
         self._multiply_rows(step.factors, height, made)
         body.add(f"x = tl.reshape(x, ({height}, {width}))")
-        self._sign(step, "after", "place", "[None, :]", made)
+        self._sign(step, "after", "place", "[None, :]", head, body)
         if self.back and not written[1].divides(block):
             beyond.append(f"(col0 + col < {written[1].text})")
         made.inside = " & ".join(beyond)
@@ -244,27 +247,24 @@ class Turner:
         head.add(
             f"line = program % {lines.text}",
             f"row0 = line // {stride} * {size * stride} + line % {stride}" if stride > 1 else f"row0 = line * {size}",
-            f"place = row0 + tl.arange(0, {height})" + (f" * {stride}" if stride > 1 else ""),
-            "row = place[:, None]",
         )
         inside = [f"(row < row0 + {size * stride})"] if size != height else []
         inside += [] if cols.divides(width) else [f"(col < {cols.text})"]
         short = not self.back and extents[0] != written[0]
         reads = [*inside, *([f"(row < {extents[0].text})"] if short else [])]
-        body.add(
-            f"col = col0 + tl.arange(0, {width})[None, :]",
-            f"offset = {'row.to(tl.int64)' if self.fragments.wide else 'row'} * {cols.text} + col",
-            f"x = tl.load({body.take(source)} + offset{_mask(reads, ', other=0.0')})",
-        )
-        made.read = len(body.lines)
+        offset = f"{'row.to(tl.int64)' if self.fragments.wide else 'row'} * {cols.text} + col"
+        body.add(f"col = col0 + tl.arange(0, {width})[None, :]")
+        load = f"x = tl.load({body.take(source)} + {offset}{_mask(reads, ', other=0.0')})"
         among = f"place % {step.rotation.block}"
-        self._sign(step, "before", among, "[:, None]", made)
-        self._multiply(factor, made, left=True)
-        self._sign(step, "after", among, "[:, None]", made)
+
+        def places(index: str) -> tuple[str, ...]:
+            return f"place = row0 + {index}" + (f" * {stride}" if stride > 1 else ""), "row = place[:, None]"
+
+        self._turn_apart(step, made, places, load, (among, "[:, None]"))
         if self.back and extents[0] != written[0]:
             inside.append(f"(row < {written[0].text})")
         made.inside = " & ".join(inside)
-        body.add(f"tl.store({body.take(target)} + offset, x{_mask(inside)})")
+        body.add(f"tl.store({body.take(target)} + {offset}, x{_mask(inside)})")
         self._finish(made, f"{tiles.host} * {lines.host}", 8)
 
     def _along_row(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
@@ -276,24 +276,66 @@ class Turner:
         made, head, body = self._start(f"rows_{size}_{stride}_{self.index}", step)
         others = (extents if self.back else written)[1].blocks(stride * size).times(parts)
         tiles = self._walk(made, "row0", extents[0], 1, others, (height, width))
-        head.add(
-            f"part = program % {others.text}",
-            f"place = tl.arange(0, {height})[:, None] * {stride} + part % {parts} * {width} + tl.arange(0, {width})[None, :]",
-            f"col = part // {parts} * {size * stride} + place",
-        )
+        head.add(f"part = program % {others.text}")
+
+        def places(index: str) -> tuple[str, ...]:
+            within = f"part % {parts} * {width} + tl.arange(0, {width})"
+            return (
+                f"place = ({index})[:, None] * {stride} + ({within})[None, :]",
+                f"col = part // {parts} * {size * stride} + place",
+            )
+
         row = "row.to(tl.int64)" if self.fragments.wide else "row"
         body.add("row = row0 + tl.arange(0, 1)[:, None]")
         inside = [f"(place < {size * stride})"] if size != height else []
         ragged = [f"(col < {(written if self.back else extents)[1].text})"] if extents[1] != written[1] else []
         reads, stores = ([*inside, *each] for each in (([], ragged) if self.back else (ragged, [])))
-        body.add(f"x = tl.load({body.take(source)} + {row} * {extents[1].text} + col{_mask(reads, ', other=0.0')})")
-        made.read = len(body.lines)
-        self._sign(step, "before", "place", "", made)
-        self._multiply(factor, made, left=True)
-        self._sign(step, "after", "place", "", made)
+        load = f"x = tl.load({body.take(source)} + {row} * {extents[1].text} + col{_mask(reads, ', other=0.0')})"
+        self._turn_apart(step, made, places, load, ("place", ""))
         made.inside = " & ".join(stores)
         body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + col, x{_mask(stores)})")
         self._finish(made, f"{tiles.host} * {others.host}", 8)
+
+    def _turn_apart(
+        self, step: _Step, made: Pass, places: Callable[[str], tuple[str, ...]], load: str, signed: tuple[str, str]
+    ) -> None:
+        """Adds the product of the one factor with a tile, whose rows lie apart. places: lines that say where, of an index of
+        rows; load: of what is there; signed: where it lies in its block, and how signs lie beside the tile."""
+        (factor,) = step.factors
+        order = f"tl.arange(0, {factor.padded})"
+        if factor.padded <= _WHOLE:
+            made.function.add(*places(order))
+            made.body.add(load)
+            made.read, made.part = len(made.body.lines), made.shape
+            self._sign(step, "before", *signed, made.function, made.body)
+            self._multiply(factor, made, left=True)
+        else:
+            # Its matrix does not fit into shared memory: as a product's operands are, it is read in parts.
+            inner = Function("", "", arguments=made.function.arguments)
+            inner.add(*places(f"(k0 + tl.arange(0, {_PART}))"), load)
+            made.read, made.inset, made.part = len(made.body.lines) + 2 + len(inner.lines), "    ", (_PART, made.shape[1])
+            self._sign(step, "before", *signed, inner, inner)
+            product = product_fragment(self.dtype, self.fragments, True)
+            inner.add(f"y += {product}(x, {self._part(factor, inner)})")
+            made.body.add(f"y = tl.zeros({made.shape}, tl.float32)")
+            made.body.add(f"for k0 in tl.range(0, {factor.padded}, {_PART}, num_stages=3):", *(f"    {e}" for e in inner.lines))
+            made.body.add(*places(order), f"x = {self.fragments.rounded(f'(y * {factor.scale!r})', self.dtype)}")
+        self._sign(step, "after", *signed, made.function if factor.padded <= _WHOLE else made.body, made.body)
+
+    def _part(self, factor: Factor, function: Function) -> str:
+        """The columns from k0 on of a factor's matrix that multiplies from the left."""
+        name = self.fragments.add(
+            "base_part_of",
+            '''
+def base_part_of(base, k0, DOWN: tl.constexpr, ACROSS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr):
+    """Columns of a matrix of +-1 from memory, whose rows lie DOWN apart and its columns ACROSS."""
+    row = tl.arange(0, SIZE)[:, None]
+    col = k0 + tl.arange(0, PART)[None, :]
+    return tl.load(base + row * DOWN + col * ACROSS).to(tl.float32)
+''',
+        )
+        strides = (factor.padded, 1) if self.back else (1, factor.padded)
+        return f"{name}({self._base(factor, function)}, k0, {strides[0]}, {strides[1]}, {factor.padded}, {_PART})"
 
     def _width(self, height: int) -> int:
         """Columns of a tile that is multiplied from the left. FP32 numbers are three of 16 bits to a product."""
@@ -336,7 +378,7 @@ class Turner:
         made.function.add("program = tl.program_id(0)", f"first = program // {others.text} * {length * steps}")
         end = f"tl.minimum(first + {length * steps}, {extent.text})" if steps > 1 else f"first + {length}"
         made.loop = f"for {start} in tl.range(first, {end}, {length}, num_stages={ahead}):"
-        self._shapes.append(tile)
+        made.shape = tile
         return extent.blocks(length * steps)
 
     def _finish(self, made: Pass, grid: str, warps: int) -> None:
@@ -351,14 +393,15 @@ class Turner:
         origin.function.take(*self.sizes)
         body.add(f"x = {origin.function.name}({', '.join(['row0', 'col0', *names, *self.sizes])})")
 
-    def _sign(self, step: _Step, when: str, place: str, index: str, made: Pass) -> None:
-        """Adds the product with signs, where they are due. place: in a block; index: how signs lie beside the tile."""
+    def _sign(self, step: _Step, when: str, place: str, index: str, head: Function, body: Function) -> None:
+        """Adds the product with signs, where they are due. place: in a block; index: how signs lie beside the tile. head: where
+        the place is known."""
         due = (when == "after" and step.last) if self.back else (when == "before" and step.first)
         if not due or step.rotation.signs is Signs.NONE:
             return
         signs = signs_at(self.fragments, step.rotation, "seed", f"spin_{step.axis}_{self.index}", place)
-        made.function.add(f"signs = {signs}")
-        made.body.add(f"x = {self.fragments.rounded(f'(x.to(tl.float32) * signs{index})', self.dtype)}")
+        head.add(f"signs = {signs}")
+        body.add(f"x = {self.fragments.rounded(f'(x.to(tl.float32) * signs{index})', self.dtype)}")
 
     def _multiply(self, factor: Factor, made: Pass, left: bool) -> None:
         """Adds the product of `x` with a factor and its rounding."""
@@ -381,9 +424,13 @@ def base_matrix_of(base, SIZE: tl.constexpr):
     return tl.load(base + row * SIZE + tl.arange(0, SIZE)[None, :]).to(tl.float32)
 ''',
         )
+        return f"{name}({self._base(factor, function)}, {factor.padded})"
+
+    def _base(self, factor: Factor, function: Function) -> str:
+        """The argument by which a kernel reads the factor's matrix."""
         if factor.order not in [each.order for each in self.bases]:
             self.bases.append(factor)
-        return f"{name}({function.take(f'base_{factor.order}')}, {factor.padded})"
+        return function.take(f"base_{factor.order}")
 
     # ---- for launchers -------------------------------------------------------------------------------------------
 

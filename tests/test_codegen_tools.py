@@ -81,6 +81,18 @@ def test_a_prologue_leaves_room_for_two_peaks(prologue: str, target: str):
     assert [compile_entry(made, entry, found).spills for entry in made.entries] == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("size", "target"), [(11008, "sm_90"), (11008, "sm_80"), (14336, "sm_89"), (28672, "sm_80"), (53248, "sm_100")]
+)
+def test_a_long_row_is_turned_within_registers_and_shared_memory(size: int, target: str):
+    """One program for the whole row spilled, or asked for more shared memory than there is."""
+    found, sizes = find_target(target), Sizes.of(8192, size)
+    kernel = parse(f"cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h{size}drawn")
+    made = emit(kernel, sizes, found, schedules(kernel, sizes, found)[0])
+    passes = [compile_entry(made, entry, found) for entry in made.entries if entry.name.startswith("turn_")]
+    assert len(passes) == 2 and [(each.spills, each.fits) for each in passes] == [(0, True)] * 2
+
+
 def test_a_vector_beside_a_tile_leaves_the_tile_where_it_is():
     """A scale for each row that a thread holds a part of, not for each of 64: the tile keeps the layout of its load."""
     target, sizes = find_target("sm_90"), Sizes.of(512, 512)

@@ -11,7 +11,7 @@ from casting import bits, check, run, sample
 
 from lpcompile import hadamard, ops
 from lpcompile.carrier import carrying
-from lpcompile.codegen import turn
+from lpcompile.codegen import in_memory, turn
 from lpcompile.kernel import DecodeKernel, RequantKernel, parse
 from lpcompile.recipe import folds
 
@@ -95,6 +95,24 @@ def test_rows_that_no_program_holds(
     powers = [torch.exp2(torch.arange(shape[0]) % 3).float()] if prologue else []
     for symbolic in (False, True):
         check(*run(text, [whole(shape, torch.bfloat16, symbolic), *powers], symbolic=symbolic, **RANDOM))
+
+
+@pytest.mark.parametrize(
+    ("text", "shape"),
+    [
+        (BF16 + "int8:tensor|1|0:h576drawn", (560, 20)),
+        ("cast x0:f32 = x0 as f32 -> int8:tensor|1|1:h448drawn'", (20, 440)),
+        # The first pass finds the amax of the matrix as it is in the parts that it reads.
+        (BF16 + "int8:tensor|1', int8:tensor|1|0:h576", (570, 24)),
+        (BF16 + "int8:tensor|1|0:h40|1:h448fixed", (40, 448)),
+    ],
+)
+def test_a_factors_matrix_read_in_parts(text: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hadamard, "_ROW", 256)
+    monkeypatch.setattr(in_memory, "_WHOLE", 16)
+    monkeypatch.setattr(in_memory, "_PART", 16)
+    for symbolic in (False, True):
+        check(*run(text, [whole(shape, parse(text).dtype, symbolic)], symbolic=symbolic, **RANDOM))
 
 
 def codes_of(text: str, shape: tuple[int, int]) -> tuple[list[torch.Tensor], int]:

@@ -7,7 +7,7 @@ import torch
 from gemms import check, check_followed
 
 from lpcompile import hadamard
-from lpcompile.codegen import schedules
+from lpcompile.codegen import in_memory, schedules
 from lpcompile.codegen.source import Sizes
 from lpcompile.kernel import parse
 from lpcompile.target import find_target
@@ -66,9 +66,13 @@ def test_rotations_that_no_tile_holds(rest: str, shape: tuple[int, int, int]):
     check_followed(ROW + rest, shape, TILE)
 
 
-@pytest.mark.parametrize("held", [1 << 14, 256], ids=["by one program", "in passes"])
-def test_a_long_block_of_a_row(held: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("held", "whole"), [(1 << 14, 128), (256, 128), (256, 16)], ids=["by one program", "in passes", "in parts"]
+)
+def test_a_long_block_of_a_row(held: int, whole: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hadamard, "_ROW", held)
+    monkeypatch.setattr(in_memory, "_WHOLE", whole)
+    monkeypatch.setattr(in_memory, "_PART", 16)
     check_followed(f"{ROW} -> bf16 * 0:h12 * 1:h3072drawn", (20, 50, 33), (32, 128, 32))
 
 
