@@ -281,7 +281,7 @@ class Turner:
         def places(index: str) -> tuple[str, ...]:
             within = f"part % {parts} * {width} + tl.arange(0, {width})"
             return (
-                f"place = ({index})[:, None] * {stride} + ({within})[None, :]",
+                f"place = {index}[:, None] * {stride} + ({within})[None, :]",
                 f"col = part // {parts} * {size * stride} + place",
             )
 

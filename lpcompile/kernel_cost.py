@@ -211,8 +211,8 @@ def _quantising(
     direct = [output for output in outputs if not _passes(output.cast.rotations)]
     turns = {output.cast.rotations for output in outputs if output not in direct}
     if direct:
-        # A pass along columns, which reads the matrix as it is, finds an amax of the whole for the others too.
-        found = any(cols is None for _, cols in turns) and all(_of_whole(output) or not _spans(output) for output in direct)
+        # A first pass for one factor, which reads the matrix as it is, finds an amax of the whole for the others too.
+        found = any(map(_one_factor_first, turns)) and all(_of_whole(output) or not _spans(output) for output in direct)
         count = reads - 1 if found and twice else reads
         read, launches = count * first, count
         for pair in {output.cast.rotations for output in direct}:
@@ -269,6 +269,12 @@ def _passes(pair: tuple[Rotation | None, Rotation | None]) -> int:
         return 0
     along = len(hadamard.passes_along_rows(cols.block)) if cols is not None else 0
     return along + (len(hadamard.factors(rows.block)) if rows is not None else 0)
+
+
+def _one_factor_first(pair: tuple[Rotation | None, Rotation | None]) -> bool:
+    """True where the first pass over a matrix that is turned in memory is one for a factor, along columns or a long row."""
+    cols = pair[1]
+    return cols is None or len(hadamard.passes_along_rows(cols.block)) > 1
 
 
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:

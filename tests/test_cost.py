@@ -287,6 +287,9 @@ def test_a_large_rotation_is_a_product_of_two() -> None:
     # 28 x 32 x 32 along features: a program holds 32 x 32, and 28 is a pass of its own.
     wide = cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h28672", 128, 28672)
     assert (wide.apart, wide.launches) == (2 * (2 + 2) * 128 * 28672, 3)
+    # That pass finds the amax of the matrix as it is; one for a whole row does not.
+    both = "cast x0:bf16 = x0 as bf16 -> int8:tensor|1', int8:tensor|1|1:h"
+    assert [cost(f"{both}{size}", 128, size).launches for size in (28672, 4096)] == [4, 4]
     # The same along tokens: three passes.
     assert cost("cast x0:bf16 = x0 as bf16 -> int8:tensor|1|0:h28672", 28672, 128).launches == 4
 
