@@ -285,7 +285,7 @@ def synchronize(device: torch.device) -> None:
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20, cold: bool = False) -> float:
     """Median time of a call that was warmed up, each repeat between two events of the device.
 
-    cold: with nothing of its inputs in the L2, by a large write before it, which also hides what a launch costs the host.
+    cold: as schedules are timed, with nothing of its inputs in the L2 and behind work that hides what the launch costs the host.
     """
     if device.type == "cpu":
         times = []
@@ -294,10 +294,12 @@ def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 2
             call()
             times.append(1e3 * (time.perf_counter() - started))
         return statistics.median(times)
+    if cold:
+        from lpcompile.codegen import tune
+
+        return tune.microseconds(call, device, repeats)[0] / 1e3
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    flush = torch.empty(512 << 20 if cold else 0, dtype=torch.int8, device=device)
     for start, end in marks:
-        flush.zero_()
         start.record()
         call()
         end.record()

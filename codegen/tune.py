@@ -119,7 +119,7 @@ def _measured(
     errors: list[str] = []
     for schedule, future in zip(candidates, compiled, strict=True):
         try:
-            times[str(schedule)], host[str(schedule)] = _microseconds(future.result(), device)
+            times[str(schedule)], host[str(schedule)] = microseconds(future.result(), device)
         except failures(schedule) as error:
             errors.append(f"{schedule}: {error}")
     if not times:
@@ -140,7 +140,7 @@ def _best(times: dict[str, float], host: dict[str, float], libraries: Collection
     return min(times, key=lambda name: times[name] + (host[name] if name in libraries else own))
 
 
-def _microseconds(run: Callable[[], Any], device: torch.device) -> tuple[float, float]:
+def microseconds(run: Callable[[], Any], device: torch.device, repeats: int = _REPEATS) -> tuple[float, float]:
     """(device, host) time of a launch whose inputs come from memory, not from the L2 cache: the median, and the least."""
     size = max(2 * getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0), 256 << 20)
     flush = torch.empty(size, dtype=torch.int8, device=device)
@@ -162,7 +162,7 @@ def _microseconds(run: Callable[[], Any], device: torch.device) -> tuple[float, 
     # Writing the cache so often keeps the device busy while the host prepares the launch, whose time is another's.
     first, _, host = timed(_FLUSHES)
     flushes = min(max(_FLUSHES, math.ceil(2 * host * _FLUSHES / first)), _MOST_FLUSHES)
-    times = [timed(flushes) for _ in range(_REPEATS)]
+    times = [timed(flushes) for _ in range(repeats)]
     return statistics.median(each for _, each, _ in times), min(each for *_, each in times)
 
 

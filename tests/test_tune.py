@@ -42,7 +42,7 @@ def device(monkeypatch, tmp_path):
     monkeypatch.setattr(tune.module, "load", Generated)
     monkeypatch.setattr(tune, "quick", lambda generated: generated.launch)
     monkeypatch.setattr(tune, "measurable", lambda _: True)
-    monkeypatch.setattr(tune, "_microseconds", microseconds)
+    monkeypatch.setattr(tune, "microseconds", microseconds)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
@@ -137,7 +137,7 @@ def test_a_launch_is_timed_without_what_it_takes_the_host(host, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: None)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: clock)
     monkeypatch.setattr(tune.time, "perf_counter", lambda: clock.host / 1e6)
-    found = tune._microseconds(lambda: clock.work(host, 150.0), torch.device("cuda", 0))
+    found = tune.microseconds(lambda: clock.work(host, 150.0), torch.device("cuda", 0))
     assert found == (pytest.approx(150.0), pytest.approx(host))
     assert clock.flushed >= 4 * 10, "inputs come from memory"
 
@@ -158,7 +158,7 @@ def test_what_torch_was_built_without_is_no_candidate(device, monkeypatch):
             raise NotImplementedError("needs a newer toolkit")
         return 10.0, 1.0
 
-    monkeypatch.setattr(tune, "_microseconds", microseconds)
+    monkeypatch.setattr(tune, "microseconds", microseconds)
     monkeypatch.setattr(tune, "schedules", lambda *_: (FIRST, vendor))
     refused.append(vendor)
     assert choose(512, 512, 512) == FIRST
