@@ -285,7 +285,7 @@ def synchronize(device: torch.device) -> None:
 def milliseconds(call: Callable[[], Any], device: torch.device, repeats: int = 20, cold: bool = False) -> float:
     """Median time of a call that was warmed up, each repeat between two events of the device.
 
-    cold: as schedules are timed, with nothing of its inputs in the L2 and behind work that hides what the launch costs the host.
+    cold: as schedules are timed, with nothing of its inputs in the L2 and behind work that hides what a launch costs the host.
     """
     if device.type == "cpu":
         times = []
