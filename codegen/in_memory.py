@@ -272,6 +272,10 @@ class Turner:
         (factor,) = step.factors
         size, stride, height = factor.order, factor.stride, factor.padded
         width = min(self._width(height), stride)
+        if width < 16:
+            raise KernelError(
+                f"{step.rotation}: a product of a tensor core has 16 columns, and {stride} lie between two that are mixed"
+            )
         parts = stride // width
         made, head, body = self._start(f"rows_{size}_{stride}_{self.index}", step)
         others = (extents if self.back else written)[1].blocks(stride * size).times(parts)
