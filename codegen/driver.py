@@ -133,6 +133,7 @@ class Driver:
 
         def launch(stream: int) -> None:
             config.stream = stream
+            # What failed did not start: again, with a context for this thread, or to say what is wrong.
             if function(*given):
                 self._do("cuLaunchKernelEx", *given)
 

@@ -68,6 +68,8 @@ class Extent:
 
     def times(self, count: int) -> Extent:
         """So many times the size."""
-        if self.known is not None or count == 1:
-            return self if count == 1 else Extent.number(count * (self.known or 0))
+        if count == 1:
+            return self
+        if self.known is not None:
+            return Extent.number(count * self.known)
         return Extent(f"({self.text} * {count})", None, count * self.divisors)
