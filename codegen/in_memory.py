@@ -35,7 +35,6 @@ _COLUMN_TILE = 8192
 _WHOLE = 128  # the largest matrix that a product takes at once
 _PART = 64  # rows of a larger one that it takes at a time
 _PROGRAMS = 2000  # that keep a large device busy
-_SMALL = ("sm_89", "sm_120")  # less than half the shared memory of the others
 
 Extents = tuple[Extent, Extent]
 Rotations = tuple[Rotation | None, Rotation | None]
@@ -93,12 +92,12 @@ class _Step:
         return self.axis == 0 or min(each.stride for each in self.factors) > 1
 
 
-def _steps(axis: int, rotation: Rotation | None, inverse: bool = False) -> list[_Step]:
-    """The passes of a rotation: along a row, one for all factors that a program can hold."""
+def _steps(axis: int, rotation: Rotation | None, room: int, inverse: bool = False) -> list[_Step]:
+    """The passes of a rotation: along a row, one for all factors of the `room` elements that a program can hold."""
     if rotation is None:
         return []
     alone = [(each,) for each in hadamard.factors(rotation.block, inverse)]
-    groups = hadamard.passes_along_rows(rotation.block, inverse) if axis == 1 else alone
+    groups = hadamard.passes_along_rows(rotation.block, room, inverse) if axis == 1 else alone
     return [_Step(axis, rotation, each, each is groups[0], each is groups[-1]) for each in groups]
 
 
@@ -126,11 +125,12 @@ class Turner:
         self.scratch: list[tuple[str, Extents]] = []
         self.bases: list[Factor] = []
         self.reads = ""
+        self.room = fragments.target.room(dtype.itemsize)
 
     def turn(self, load: LoadOf, extents: Extents, plain: str) -> None:
         """As a cast asks. load: makes an origin for a tile; plain: a tensor that is what it loads, or ''."""
         rows, cols = self.rotations
-        steps = [*_steps(1, cols), *_steps(0, rows)]
+        steps = [*_steps(1, cols, self.room), *_steps(0, rows, self.room)]
         source = plain
         if steps[0].apart and not plain:
             source = self._copy(load, extents)
@@ -140,7 +140,7 @@ class Turner:
     def turn_back(self, source: str, extents: Extents, crop: Extents) -> None:
         """`source` of these sizes, which may be overwritten; crop: the sizes of the result."""
         rows, cols = self.rotations
-        steps = [*_steps(0, rows, True), *_steps(1, cols, True)]
+        steps = [*_steps(0, rows, self.room, True), *_steps(1, cols, self.room, True)]
         self._run(steps, source, extents, None, crop)
 
     def _run(self, steps: list[_Step], source: str, extents: Extents, load: LoadOf | None, crop: Extents | None = None) -> None:
@@ -158,7 +158,7 @@ class Turner:
             elif step.apart:
                 self._along_row(step, source, extents, written, target)
             else:
-                self._row(step, load if number == 0 else None, source, extents, written, target)
+                self._row(step, None if source else load, source, extents, written, target)
             source, extents = target, written
         self.result, self.extents = source, extents
 
@@ -190,12 +190,18 @@ class Turner:
         height = max(_ROW_TILE // width, 1)
         made, head, body = self._start(f"rows_{self.index}", step)
         blocks = (extents if self.back else written)[1].blocks(block)
-        tiles = self._walk(made, "row0", extents[0], height, blocks, (height, width))
-        head.add(
-            f"col0 = program % {blocks.text} * {block}",
-            f"place = tl.arange(0, {width})",
-            "col = place[None, :]",
-        )
+        # A row by itself is read as the first product takes it, which then finds it in shared memory as it was loaded.
+        alone = height == 1 and len(step.factors) > 1
+        front = step.factors[0].padded if alone else height
+        shape = front, height * width // front
+        held = height * width
+        tiles = self._walk(made, "row0", extents[0], height, blocks, shape, self._ahead(held, load is not None))
+        head.add(f"col0 = program % {blocks.text} * {block}")
+        if alone:
+            head.add(f"col = tl.arange(0, {front})[:, None] * {shape[1]} + tl.arange(0, {shape[1]})[None, :]")
+        else:
+            head.add(f"place = tl.arange(0, {width})", "col = place[None, :]")
+        places, index = ("col", "") if alone else ("place", "[None, :]")
         beyond = [] if extents[0].divides(height) else [f"(row < {extents[0].text})"]
         beyond += [f"(col < {block})"] if width != block else []
         row = "row.to(tl.int64)" if self.fragments.wide else "row"
@@ -203,36 +209,59 @@ class Turner:
         if load is not None:
             reach = extents[0], extents[1].overrun(width != block or not extents[1].divides(block))
             self._load(load(f"load_rows_{self.index}", (height, width), reach), body)
+            body.add(*([f"x = tl.reshape(x, {shape})"] if alone else []))
             body.add(*([f"x = tl.where(col < {block}, x, 0.0)"] if width != block else []))
         else:
             place = f"{body.take(source)} + {row} * {extents[1].text} + (col0 + col)"
-            body.add(f"x = tl.load({place}{_mask(beyond, ', other=0.0')})")
-        self._sign(step, "before", "place", "[None, :]", head, body)
-        self._multiply_rows(step.factors, height, made)
-        body.add(f"x = tl.reshape(x, ({height}, {width}))")
-        self._sign(step, "after", "place", "[None, :]", head, body)
+            short = not self.back and not extents[1].divides(block)
+            reads = [*beyond, *([f"(col0 + col < {extents[1].text})"] if short else [])]
+            body.add(f"x = tl.load({place}{_mask(reads, ', other=0.0')})")
+        self._sign(step, "before", places, index, head, body)
+        self._multiply_rows(step.factors, height, shape, made)
+        self._sign(step, "after", places, index, head, body)
         if self.back and not written[1].divides(block):
             beyond.append(f"(col0 + col < {written[1].text})")
         made.inside = " & ".join(beyond)
         body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + (col0 + col), x{_mask(beyond)})")
-        self._finish(made, f"{tiles.host} * {blocks.host}", 16 if height * width > 16384 else 8 if height * width > 4096 else 4)
+        self._finish(made, f"{tiles.host} * {blocks.host}", 16 if held > 16384 else 8 if held > 4096 else 4)
 
-    def _multiply_rows(self, split: tuple[Factor, ...], height: int, made: Pass) -> None:
-        """Adds products with all factors: the innermost from the right, others from the left."""
+    def _multiply_rows(self, split: tuple[Factor, ...], height: int, shape: tuple[int, int], made: Pass) -> None:
+        """Adds products with all factors: the innermost from the right, others from the left. shape: of x, before and after."""
+        lies: tuple[int, ...] = shape
+
+        def reshape(*sizes: int) -> None:
+            nonlocal lies
+            made.body.add(*([f"x = tl.reshape(x, {sizes})"] if sizes != lies else []))
+            lies = sizes
+
         for factor in split:
             size = factor.padded
             front = height * math.prod(each.padded for each in split if each.stride > factor.stride)
             behind = math.prod(each.padded for each in split if each.stride < factor.stride)
             if behind == 1:
-                made.body.add(f"x = tl.reshape(x, ({front}, {size}))")
+                reshape(front, size)
                 self._multiply(factor, made, left=False)
                 continue
-            shape = f"({front}, {size}, {behind})", f"({size}, {front}, {behind})"
-            forth = f"tl.permute(tl.reshape(x, {shape[0]}), (1, 0, 2))" if front > 1 else "x"
-            made.body.add(f"x = tl.reshape({forth}, ({size}, {front * behind}))")
+            if front > 1:
+                reshape(front, size, behind)
+                made.body.add("x = tl.permute(x, (1, 0, 2))")
+                lies = size, front, behind
+            reshape(size, front * behind)
             self._multiply(factor, made, left=True)
             if front > 1:
-                made.body.add(f"x = tl.permute(tl.reshape(x, {shape[1]}), (1, 0, 2))")
+                reshape(size, front, behind)
+                made.body.add("x = tl.permute(x, (1, 0, 2))")
+                lies = front, size, behind
+        reshape(*shape)
+
+    def _ahead(self, held: int, computed: bool) -> int:
+        """Loads ahead of rows of which a program holds so many elements; computed: by a prologue. As an H200 was fastest."""
+        if self.back:
+            return 3 if held <= _ROW_TILE else 1
+        if computed and held == _COLUMN_TILE:
+            # Two programs beside each other hide loads better, unless operands lie in registers and leave no room for another.
+            return 1 if self.room > held else 2
+        return 3
 
     # ---- along columns -------------------------------------------------------------------------------------------
 
@@ -371,17 +400,17 @@ def base_part_of(base, k0, DOWN: tl.constexpr, ACROSS: tl.constexpr, SIZE: tl.co
             made.function.take("seed", f"spin_{step.axis}_{self.index}")
         return made, made.function, made.body
 
-    def _walk(self, made: Pass, start: str, extent: Extent, length: int, others: Extent, tile: tuple[int, int]) -> Extent:
-        """Makes programs walk over several tiles along `extent`; the number of programs along it."""
+    def _walk(
+        self, made: Pass, start: str, extent: Extent, length: int, others: Extent, tile: tuple[int, int], ahead: int = 3
+    ) -> Extent:
+        """Makes programs walk over several tiles along `extent`; the number of programs along it. ahead: how many tiles
+        are on their way, in shared memory."""
         tiles = -(-(extent.known or 4096) // length) * (others.known or 32)
         steps = max(1, min(16, next_power_of_two(tiles // _PROGRAMS)))
-        # What is loaded ahead lies in shared memory. (Found on an H200: going back, large tiles are better off without.)
-        large = tile[0] * tile[1] > _COLUMN_TILE
-        alone = self.dtype.itemsize > 2 or steps == 1 or (large and (self.back or self.fragments.target.name in _SMALL))
-        ahead = 1 if alone else 3
+        stages = ahead if self.dtype.itemsize == 2 and steps > 1 else 1
         made.function.add("program = tl.program_id(0)", f"first = program // {others.text} * {length * steps}")
         end = f"tl.minimum(first + {length * steps}, {extent.text})" if steps > 1 else f"first + {length}"
-        made.loop = f"for {start} in tl.range(first, {end}, {length}, num_stages={ahead}):"
+        made.loop = f"for {start} in tl.range(first, {end}, {length}, num_stages={stages}):"
         made.shape = tile
         return extent.blocks(length * steps)
 

@@ -281,22 +281,21 @@ def factors(block: int, inverse: bool = False) -> tuple[Factor, ...]:
     return tuple(Factor(order, stride, scale) for (order, stride), scale in zip(pairs, scales, strict=True))
 
 
-# Elements of a block that a program holds while it turns them, and the order of a factor. (A row of 14336 by one program took
-# an H200 697 us where a pass for one factor takes 280.)
-_ROW, _ORDER = 1 << 13, 128
+_ORDER = 128  # of a factor whose matrix a program holds beside the row
 
 
-def passes_along_rows(block: int, inverse: bool = False) -> tuple[tuple[Factor, ...], ...]:
+def passes_along_rows(block: int, room: int, inverse: bool = False) -> tuple[tuple[Factor, ...], ...]:
     """The factors of a rotation along rows, in their order, and which of them one program applies to a row that it holds.
 
-    The widest strides have passes of their own where a program could not hold what all of them mix.
+    room: the elements of a block that a program holds while it turns them. The widest strides have passes of their own where
+    it could not hold what all of them mix.
 
-    >>> [[(factor.order, factor.stride) for factor in each] for each in passes_along_rows(28672)]
+    >>> [[(factor.order, factor.stride) for factor in each] for each in passes_along_rows(28672, 8192)]
     [[(28, 1024)], [(32, 32), (32, 1)]]
     """
     apart: list[tuple[Factor, ...]] = []
     held = factors(block, inverse)
-    while len(held) > 1 and (math.prod(each.padded for each in held) > _ROW or max(each.order for each in held) > _ORDER):
+    while len(held) > 1 and (math.prod(each.padded for each in held) > room or max(each.order for each in held) > _ORDER):
         wide = held[-1 if inverse else 0]
         held = tuple(each for each in held if each is not wide)
         apart.append((wide,))

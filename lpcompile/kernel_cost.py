@@ -171,7 +171,7 @@ def _of_whole(output: Output) -> bool:
 
 def _peaks_in_turn(output: Output) -> bool:
     """True where the pass that turns a matrix finds the amax on the way."""
-    return _of_whole(output) and bool(_passes(output.cast.rotations))
+    return _of_whole(output) and not all(map(_in_tile, output.cast.rotations))
 
 
 def _of_rows(output: Output) -> bool:
@@ -193,10 +193,10 @@ def _in_row(output: Output) -> bool:
 
 
 def _quantising(
-    first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any, source: Quant | None = None
+    first: Any, again: Any, kept: Any, outputs: Sequence[Output], rows: Any, cols: Any, room: int, source: Quant | None = None
 ) -> Cost:
     """A Cast, or a Requant of `source`. first: bytes of its inputs; again: of the least that a second read takes; kept:
-    written besides."""
+    written besides; room: elements of a row that a program turns."""
     twice = any(map(_spans, outputs))
     needed = any(_spans(output) and not _held(output, cols) and not _peaks_in_turn(output) for output in outputs)
     elements = rows * cols
@@ -208,11 +208,12 @@ def _quantising(
         reads = sympy.Piecewise((1, cols <= ROW), (2, True)) if isinstance(cols, sympy.Expr) else 1 if cols <= ROW else 2
     turned: Any = 0
     launches, read, apart = 0, 0, 0
-    direct = [output for output in outputs if not _passes(output.cast.rotations)]
+    direct = [output for output in outputs if all(map(_in_tile, output.cast.rotations))]
     turns = {output.cast.rotations for output in outputs if output not in direct}
     if direct:
         # A first pass for one factor, which reads the matrix as it is, finds an amax of the whole for the others too.
-        found = any(map(_one_factor_first, turns)) and all(_of_whole(output) or not _spans(output) for output in direct)
+        first_finds = any(_one_factor_first(pair, room) for pair in turns)
+        found = first_finds and all(_of_whole(output) or not _spans(output) for output in direct)
         count = reads - 1 if found and twice else reads
         read, launches = count * first, count
         for pair in {output.cast.rotations for output in direct}:
@@ -221,7 +222,7 @@ def _quantising(
             times = reads if any(_spans(output) and output.carrier is None for output in own) else 1
             turned += 2 * elements * sum(turn.block for turn in pair if turn is not None) * times
     for pair in turns:
-        passes = _passes(pair)
+        passes = _passes(pair, room)
         # The codes are made of what the last pass wrote, and so is the amax, unless that pass finds it.
         own = [output for output in outputs if output.cast.rotations == pair]
         again = 2 if any(_spans(output) and not _peaks_in_turn(output) for output in own) else 1
@@ -259,29 +260,29 @@ def _in_tile(turn: Rotation | None) -> bool:
 
 
 @functools.cache
-def _passes(pair: tuple[Rotation | None, Rotation | None]) -> int:
-    """The number of passes over a matrix that is turned in memory; 0 where a tile holds blocks.
+def _passes(pair: tuple[Rotation | None, Rotation | None], room: int) -> int:
+    """The number of passes over a matrix that is turned in memory; 0 where a tile holds blocks. room: as for a cast.
 
     Along rows one program turns whole blocks, as far as it can hold them; along columns each factor is a pass.
     """
     rows, cols = pair
     if all(map(_in_tile, pair)):
         return 0
-    along = len(hadamard.passes_along_rows(cols.block)) if cols is not None else 0
+    along = len(hadamard.passes_along_rows(cols.block, room)) if cols is not None else 0
     return along + (len(hadamard.factors(rows.block)) if rows is not None else 0)
 
 
-def _one_factor_first(pair: tuple[Rotation | None, Rotation | None]) -> bool:
+def _one_factor_first(pair: tuple[Rotation | None, Rotation | None], room: int) -> bool:
     """True where the first pass over a matrix that is turned in memory is one for a factor, along columns or a long row."""
     cols = pair[1]
-    return cols is None or len(hadamard.passes_along_rows(cols.block)) > 1
+    return cols is None or len(hadamard.passes_along_rows(cols.block, room)) > 1
 
 
 def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int, target: Target, rides: bool = False) -> Any:
     """Microseconds of a rotation of a matrix along one axis: by itself, or what it adds to a quantisation that it rides in."""
     elements = rows * cols
     # The same products and the same trips through memory as in a Cast that turns.
-    passes = _passes((None, turn) if axis == 1 else (turn, None))
+    passes = _passes((None, turn) if axis == 1 else (turn, None), target.room(itemsize))
     once = 2 * itemsize * elements
     if passes:
         moved = passes * once
@@ -290,18 +291,18 @@ def rotation_time(turn: Rotation, rows: Any, cols: Any, axis: int, itemsize: int
     return flops / (target.rates["bf16"] * 1e6) if rides else Cost(once / 2, once / 2, once, turned=flops).time(target)
 
 
-def _cast(kernel: CastKernel, rows: Any, cols: Any) -> Cost:
+def _cast(kernel: CastKernel, rows: Any, cols: Any, target: Target) -> Cost:
     inputs = sum(_input_bytes(kind, rows, cols) for kind in kernel.inputs)
     result = kernel.dtype.itemsize * rows * cols
     kept = result if kernel.keep else 0
     # What is kept is the cheapest to read again where it has several sources.
     again = result if kernel.keep and len(kernel.inputs) > 1 else inputs
-    return _quantising(inputs, again, kept, kernel.outputs, rows, cols)
+    return _quantising(inputs, again, kept, kernel.outputs, rows, cols, target.room(kernel.dtype.itemsize))
 
 
-def _requant(kernel: RequantKernel, rows: Any, cols: Any) -> Cost:
+def _requant(kernel: RequantKernel, rows: Any, cols: Any, target: Target) -> Cost:
     source = part_bytes([name for name in kernel.source.quant.parts if name != "mask"], kernel.source, rows, cols)
-    return _quantising(source, source, 0, kernel.outputs, rows, cols, kernel.source.quant)
+    return _quantising(source, source, 0, kernel.outputs, rows, cols, target.room(2), kernel.source.quant)
 
 
 def _decode(kernel: DecodeKernel, rows: Any, cols: Any) -> Cost:
@@ -332,7 +333,7 @@ def _gemm(kernel: GemmKernel, m: Any, n: Any, k: Any, target: Target) -> Cost:
     written = kernel.result.itemsize * m * n
     minimum = read + written
     # A block that no tile holds sends the result through memory, factor by factor; on some targets a mask or a turn does.
-    passes = _passes(kernel.undo)
+    passes = _passes(kernel.undo, target.room(size))
     turned = 0 if passes else 2 * m * n * sum(turn.block for turn in kernel.undo if turn is not None)
     passes += target.follows and bool(kernel.mask or (turned and not passes))
     trip = size * passes * m * n
@@ -352,8 +353,8 @@ def kernel_cost(kernel: Kernel, sizes: tuple[Any, ...], target: Target) -> Cost:
         return _gemm(kernel, m, n, k, target)
     rows, cols = sizes
     if isinstance(kernel, CastKernel):
-        return _cast(kernel, rows, cols)
-    return _requant(kernel, rows, cols) if isinstance(kernel, RequantKernel) else _decode(kernel, rows, cols)
+        return _cast(kernel, rows, cols, target)
+    return _requant(kernel, rows, cols, target) if isinstance(kernel, RequantKernel) else _decode(kernel, rows, cols)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ class Target:
     rates: dense TFLOP/s by operand kind (`f32`, `bf16`, `fp8`, `int8`, `mx8`, `mx4`, `nvfp4`); a kind that is missing has no
     native instruction and runs as decoded bf16. `fp8-group`, `fp8-groups`: FP8 with partial sums scaled in FP32 (see
     `kernel_cost.kind_of`). bandwidth: TB/s, bytes read plus bytes written. launch: microseconds a kernel costs at least.
-    follows: a product's clip mask and rotations back are a launch of their own. Rates are datasheet or measured figures, used
-    only to compare alternatives.
+    follows: a product's clip mask and rotations back are a launch of their own. row: bytes of a row that one program turns;
+    more where products read both operands from shared memory. Rates are datasheet or measured figures, used only to compare
+    alternatives.
     """
 
     name: str
@@ -27,12 +28,17 @@ class Target:
     bandwidth: float
     launch: float
     follows: bool = False
+    row: int = 1 << 14
 
     def __post_init__(self) -> None:
         if not {"f32", "bf16"} <= self.rates.keys():
             raise TargetError(f"target {self.name}: needs at least the rates f32 and bf16")
         if min(*self.rates.values(), self.bandwidth) <= 0 or self.launch < 0:
             raise TargetError(f"target {self.name}: rates and bandwidth are positive")
+
+    def room(self, itemsize: int) -> int:
+        """Elements of a row that one program turns."""
+        return self.row // itemsize
 
     def kind(self, quant: Quant) -> str:
         """Which matrix instruction would take operands of this quantisation, native here or not."""
@@ -80,6 +86,7 @@ TARGETS = (
         bandwidth=4.25,
         launch=3.0,
         follows=True,
+        row=1 << 15,
     ),
     Target(
         "sm_100",
@@ -87,6 +94,7 @@ TARGETS = (
         | {"int8": 4500.0, "mx8": 4500.0, "mx4": 9000.0, "nvfp4": 9000.0},
         bandwidth=8.0,
         launch=3.0,
+        row=1 << 15,
     ),
     Target(
         "sm_120",

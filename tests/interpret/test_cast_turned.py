@@ -9,11 +9,12 @@ import pytest
 import torch
 from casting import bits, check, run, sample
 
-from lpcompile import hadamard, ops
+from lpcompile import ops
 from lpcompile.carrier import carrying
 from lpcompile.codegen import in_memory, turn
 from lpcompile.kernel import DecodeKernel, RequantKernel, parse
 from lpcompile.recipe import folds
+from lpcompile.target import Target
 
 SEED = torch.tensor([987654321], dtype=torch.int64)
 NVFP4 = "e2m1:1x16:e4m3+f32"
@@ -88,7 +89,7 @@ def test_too_large_for_a_tile(text: str, shape: tuple[int, int]) -> None:
 )
 def test_rows_that_no_program_holds(text: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Their widest strides have passes of their own."""
-    monkeypatch.setattr(hadamard, "_ROW", 256)
+    monkeypatch.setattr(Target, "room", lambda *_: 256)
     powers = [torch.exp2(torch.arange(shape[0]) % 3).float() for _ in parse(text).inputs[1:]]
     for symbolic in (False, True):
         check(*run(text, [whole(shape, torch.bfloat16, symbolic), *powers], symbolic=symbolic, **RANDOM))
@@ -105,7 +106,7 @@ def test_rows_that_no_program_holds(text: str, shape: tuple[int, int], monkeypat
     ],
 )
 def test_a_factors_matrix_read_in_parts(text: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hadamard, "_ROW", 256)
+    monkeypatch.setattr(Target, "room", lambda *_: 256)
     monkeypatch.setattr(in_memory, "_WHOLE", 16)
     monkeypatch.setattr(in_memory, "_PART", 16)
     for symbolic in (False, True):

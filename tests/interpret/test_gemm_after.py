@@ -6,11 +6,10 @@ import pytest
 import torch
 from gemms import check, check_followed
 
-from lpcompile import hadamard
 from lpcompile.codegen import in_memory, schedules
 from lpcompile.codegen.source import Sizes
 from lpcompile.kernel import parse
-from lpcompile.target import find_target
+from lpcompile.target import Target, find_target
 
 TILE = (32, 32, 32)
 ROW = "gemm e4m3:row|1 @ e4m3:row|1'"
@@ -70,7 +69,7 @@ def test_rotations_that_no_tile_holds(rest: str, shape: tuple[int, int, int]):
     ("held", "whole"), [(1 << 14, 128), (256, 128), (256, 16)], ids=["by one program", "in passes", "in parts"]
 )
 def test_a_long_block_of_a_row(held: int, whole: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(hadamard, "_ROW", held)
+    monkeypatch.setattr(Target, "room", lambda *_: held)
     monkeypatch.setattr(in_memory, "_WHOLE", whole)
     monkeypatch.setattr(in_memory, "_PART", 16)
     check_followed(f"{ROW} -> bf16 * 0:h12 * 1:h3072drawn", (20, 50, 33), (32, 128, 32))
