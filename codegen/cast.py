@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from lpcompile.codegen.bases import BASE_IMPORTS, BASE_MATRIX, BASE_SOURCE
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments, pointer
 from lpcompile.codegen.function import Function
 from lpcompile.codegen.group import Group
-from lpcompile.codegen.in_memory import BASE_IMPORTS, BASE_MATRIX, BASE_SOURCE, Turner
+from lpcompile.codegen.in_memory import Turner
 from lpcompile.codegen.origin import Origin, emit_origin, emit_plain
 from lpcompile.codegen.source import Argument, Entry, Schedule, Sizes, Source, header
 from lpcompile.codegen.tiling import cast_schedules, needs_of
@@ -297,7 +298,7 @@ class _Emitter:
             known = [(f"use_{view.index}", f"uses[{view.index}]")]
             known += [(f"spin_{axis}_{view.index}", f"spins[{2 * view.index + axis}]") for axis in (0, 1)]
             lines += [f"{name} = {value}" for name, value in known if name in taken]
-        return lines + sorted({line for turner in self.turners for line in turner.found_bases("device")})
+        return lines + sorted({line for turner in self.turners for line in turner.bases.lines("device")})
 
     def _main(self) -> str:
         lines = ['device = "cuda" if torch.cuda.is_available() else "cpu"']

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 
+from lpcompile.codegen.bases import BASE_IMPORTS, BASE_MATRIX, BASE_SOURCE
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.gemm_plan import Plan
-from lpcompile.codegen.in_memory import BASE_IMPORTS, BASE_MATRIX, BASE_SOURCE, Extents, Turner
+from lpcompile.codegen.in_memory import Extents, Turner
 from lpcompile.codegen.source import POINTERS, Argument, Entry, Sizes
 
 assert __name__ == "lpcompile.codegen.gemm_turn", "import it as lpcompile.codegen, not as codegen"
@@ -89,7 +90,7 @@ def calls(plan: Plan) -> Lines:
     turner = _turner(plan)
     taken = {argument for each in turner.passes for argument in each.function.arguments}
     lines = [f"spin_{axis}_0 = spins[{axis}]" for axis in (0, 1) if f"spin_{axis}_0" in taken]
-    lines += turner.found_bases("a.device")
+    lines += turner.bases.lines("a.device")
     for name, (rows, cols) in turner.scratch:
         lines.append(f"{name} = torch.empty(({rows.host}, {cols.host}), dtype={turner.dtype}, device=a.device)")
     for each in turner.passes:

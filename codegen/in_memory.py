@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lpcompile import hadamard
+from lpcompile.codegen.bases import Bases
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
@@ -51,7 +52,8 @@ class Pass:
         self.loop, self.grid, self.warps = "", "", 4
         self.inside = ""  # where the body stores
         self.shape = (0, 0)  # of what it stores
-        self.read, self.inset, self.part = 0, "", (0, 0)  # line of the body behind the load, its indentation, what is loaded
+        self.reads: list[int] = []  # lines of the body behind its loads
+        self.part = (0, 0)  # the shape of what each loads
         self._tail: list[str] = []
 
     def raise_peak(self, peaks: str, dtype: torch.dtype, fragments: Fragments, loaded: bool) -> None:
@@ -60,8 +62,8 @@ class Pass:
         found = f"{magnitudes(dtype, fragments)}(x)"
         found = f"tl.where({self.inside}, {found}, 0).to({integer(dtype)})" if self.inside and not loaded else found
         self.function.add(f"{name} = tl.zeros({self.part if loaded else self.shape}, {integer(dtype)})")
-        place, inset = (self.read, self.inset) if loaded else (len(self.body.lines), "")
-        self.body.lines.insert(place, f"{inset}{name} = tl.maximum({name}, {found})")
+        for place in self.reads[::-1] if loaded else [len(self.body.lines)]:
+            self.body.lines.insert(place, f"{name} = tl.maximum({name}, {found})")
         most = bits(f"tl.max({name})", dtype)
         self._tail.append(f'tl.atomic_max({self.function.take(peaks)}, {most}, sem="relaxed")')
 
@@ -123,7 +125,7 @@ class Turner:
         self.passes: list[Pass] = []
         self.functions: list[Function] = []
         self.scratch: list[tuple[str, Extents]] = []
-        self.bases: list[Factor] = []
+        self.bases = Bases(fragments)
         self.reads = ""
         self.room = fragments.target.room(dtype.itemsize)
 
@@ -223,7 +225,7 @@ class Turner:
             beyond.append(f"(col0 + col < {written[1].text})")
         made.inside = " & ".join(beyond)
         body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + (col0 + col), x{_mask(beyond)})")
-        self._finish(made, f"{tiles.host} * {blocks.host}", 16 if held > 16384 else 8 if held > 4096 else 4)
+        self._finish(made, f"{tiles.host} * {blocks.host}", self._warps(held))
 
     def _multiply_rows(self, split: tuple[Factor, ...], height: int, shape: tuple[int, int], made: Pass) -> None:
         """Adds products with all factors: the innermost from the right, others from the left. shape: of x, before and after."""
@@ -256,23 +258,24 @@ class Turner:
 
     def _ahead(self, held: int, computed: bool) -> int:
         """Loads ahead of rows of which a program holds so many elements; computed: by a prologue. As an H200 was fastest."""
-        if self.back:
-            return 3 if held <= _ROW_TILE else 1
-        if computed and held == _COLUMN_TILE:
-            # Two programs beside each other hide loads better, unless operands lie in registers and leave no room for another.
-            return 1 if self.room > held else 2
-        return 3
+        # Two programs beside each other hide such loads better, unless operands lie in registers and leave no room for another.
+        beside = (computed or self.back) and held == _COLUMN_TILE
+        return 3 if not beside else 1 if self.room > held else 2
+
+    def _warps(self, held: int) -> int:
+        held *= self.dtype.itemsize
+        return 16 if held > 1 << 15 else 8 if held > 1 << 13 else 4
 
     # ---- along columns -------------------------------------------------------------------------------------------
 
     def _column(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
         (factor,) = step.factors
         size, stride, height = factor.order, factor.stride, factor.padded
-        width = self._width(height)
+        width = self._width(factor)
         whole, cols = (extents if self.back else written)[0], extents[1]
         made, head, body = self._start(f"cols_{size}_{stride}_{self.index}", step)
         lines = whole.blocks(size)
-        tiles = self._walk(made, "col0", cols, width, lines, (height, width))
+        tiles = self._walk(made, "col0", cols, width, lines, (height, width), 3 if self._keeps(factor) else 1)
         head.add(
             f"line = program % {lines.text}",
             f"row0 = line // {stride} * {size * stride} + line % {stride}" if stride > 1 else f"row0 = line * {size}",
@@ -300,7 +303,7 @@ class Turner:
         """A pass for a factor that mixes what lies apart in a row."""
         (factor,) = step.factors
         size, stride, height = factor.order, factor.stride, factor.padded
-        width = min(self._width(height), stride)
+        width = min(self._width(factor), stride)
         if width < 16:
             raise KernelError(
                 f"{step.rotation}: a product of a tensor core has 16 columns, and {stride} lie between two that are mixed"
@@ -308,7 +311,7 @@ class Turner:
         parts = stride // width
         made, head, body = self._start(f"rows_{size}_{stride}_{self.index}", step)
         others = (extents if self.back else written)[1].blocks(stride * size).times(parts)
-        tiles = self._walk(made, "row0", extents[0], 1, others, (height, width))
+        tiles = self._walk(made, "row0", extents[0], 1, others, (height, width), 3 if self._keeps(factor) else 1)
         head.add(f"part = program % {others.text}")
 
         def places(index: str) -> tuple[str, ...]:
@@ -334,45 +337,38 @@ class Turner:
     ) -> None:
         """Adds the product of the one factor with a tile, whose rows lie apart. places: lines that say where, of an index of
         rows; load: of what is there; signed: where it lies in its block, and how signs lie beside the tile."""
-        (factor,) = step.factors
+        (factor,), head, body = step.factors, made.function, made.body
         order = f"tl.arange(0, {factor.padded})"
         if factor.padded <= _WHOLE:
-            made.function.add(*places(order))
-            made.body.add(load)
-            made.read, made.part = len(made.body.lines), made.shape
-            self._sign(step, "before", *signed, made.function, made.body)
+            head.add(*places(order))
+            body.add(load)
+            made.reads, made.part = [len(body.lines)], made.shape
+            self._sign(step, "before", *signed, head, body)
             self._multiply(factor, made, left=True)
-        else:
-            # Its matrix does not fit into shared memory: as a product's operands are, it is read in parts.
-            inner = Function("", "", arguments=made.function.arguments)
-            inner.add(*places(f"(k0 + tl.arange(0, {_PART}))"), load)
-            made.read, made.inset, made.part = len(made.body.lines) + 2 + len(inner.lines), "    ", (_PART, made.shape[1])
-            self._sign(step, "before", *signed, inner, inner)
-            product = product_fragment(self.dtype, self.fragments, True)
-            inner.add(f"y += {product}(x, {self._part(factor, inner)})")
-            made.body.add(f"y = tl.zeros({made.shape}, tl.float32)")
-            made.body.add(f"for k0 in tl.range(0, {factor.padded}, {_PART}, num_stages=3):", *(f"    {e}" for e in inner.lines))
-            made.body.add(*places(order), f"x = {self.fragments.rounded(f'(y * {factor.scale!r})', self.dtype)}")
-        self._sign(step, "after", *signed, made.function if factor.padded <= _WHOLE else made.body, made.body)
+            self._sign(step, "after", *signed, head, body)
+            return
+        # A program holds its matrix in parts without most of the padding, or reads them again for each tile.
+        product, made.part = product_fragment(self.dtype, self.fragments, True), (_PART, made.shape[1])
+        for number, start in enumerate(range(0, factor.order, _PART)):
+            (head if self._keeps(factor) else body).add(
+                f"by_{start} = {self.bases.part(factor, (start, _PART), self.back, head)}"
+            )
+            body.add(*places(f"({start} + tl.arange(0, {_PART}))"), load)
+            made.reads.append(len(body.lines))
+            self._sign(step, "before", *signed, body, body)
+            body.add(f"y {'+=' if number else '='} {product}(x, by_{start})")
+        body.add(*places(order), f"x = {self.fragments.rounded(f'(y * {factor.scale!r})', self.dtype)}")
+        self._sign(step, "after", *signed, body, body)
 
-    def _part(self, factor: Factor, function: Function) -> str:
-        """The columns from k0 on of a factor's matrix that multiplies from the left."""
-        name = self.fragments.add(
-            "base_part_of",
-            '''
-def base_part_of(base, k0, DOWN: tl.constexpr, ACROSS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr):
-    """Columns of a matrix of +-1 from memory, whose rows lie DOWN apart and its columns ACROSS."""
-    row = tl.arange(0, SIZE)[:, None]
-    col = k0 + tl.arange(0, PART)[None, :]
-    return tl.load(base + row * DOWN + col * ACROSS).to(tl.float32)
-''',
-        )
-        strides = (factor.padded, 1) if self.back else (1, factor.padded)
-        return f"{name}({self._base(factor, function)}, k0, {strides[0]}, {strides[1]}, {factor.padded}, {_PART})"
+    def _keeps(self, factor: Factor) -> bool:
+        """True where a program keeps the factor's matrix: small ones, others in shared memory from which products read."""
+        return factor.padded <= _WHOLE or (self.dtype.itemsize == 2 and self.room > _COLUMN_TILE)
 
-    def _width(self, height: int) -> int:
+    def _width(self, factor: Factor) -> int:
         """Columns of a tile that is multiplied from the left. FP32 numbers are three of 16 bits to a product."""
-        return min(max(_COLUMN_TILE // (height * (1 if self.dtype.itemsize == 2 else 2)), 16), 256)
+        wide = factor.padded > _WHOLE and self._keeps(factor)
+        tile = _COLUMN_TILE * 2 if wide else _COLUMN_TILE if self.dtype.itemsize == 2 else _COLUMN_TILE // 2
+        return min(max(tile // factor.padded, 16), 256)
 
     def _copy(self, load: LoadOf, extents: Extents) -> str:
         """Writes what a prologue computes: passes along columns read rows that lie apart."""
@@ -448,22 +444,7 @@ def base_part_of(base, k0, DOWN: tl.constexpr, ACROSS: tl.constexpr, SIZE: tl.co
         """The factor's matrix as a rotation multiplies it from the right."""
         if not factor.base:
             return f"{matrix_fragment(self.fragments)}({factor.order}, {factor.padded})"
-        name = self.fragments.add(
-            "base_matrix_of",
-            '''
-def base_matrix_of(base, SIZE: tl.constexpr):
-    """A matrix of +-1 from memory, padded with 0."""
-    row = tl.arange(0, SIZE)[:, None]
-    return tl.load(base + row * SIZE + tl.arange(0, SIZE)[None, :]).to(tl.float32)
-''',
-        )
-        return f"{name}({self._base(factor, function)}, {factor.padded})"
-
-    def _base(self, factor: Factor, function: Function) -> str:
-        """The argument by which a kernel reads the factor's matrix."""
-        if factor.order not in [each.order for each in self.bases]:
-            self.bases.append(factor)
-        return function.take(f"base_{factor.order}")
+        return self.bases.whole(factor, function)
 
     # ---- for launchers -------------------------------------------------------------------------------------------
 
@@ -472,25 +453,6 @@ def base_matrix_of(base, SIZE: tl.constexpr):
         """The jit functions."""
         return [*(each.text for each in self.functions), *(each.text for each in self.passes)]
 
-    def found_bases(self, device: str) -> list[str]:
-        """Lines that find the matrices which kernels read."""
-        return [f"base_{each.order} = base_matrix({each.order}, {each.padded}, {device})" for each in self.bases]
-
 
 def _mask(checks: list[str], other: str = "") -> str:
     return f", mask={' & '.join(checks)}{other}" if checks else ""
-
-
-# What a module with base matrices imports, and how it finds them.
-BASE_IMPORTS = ("import functools", "from concurrent.futures import ThreadPoolExecutor")
-BASE_SOURCE = "from lpcompile.hadamard import rotation_matrix"
-BASE_MATRIX = '''@functools.cache
-def base_matrix(order, size, device):
-    """A Hadamard matrix of +-1 as kernels multiply with it, padded with 0 to [size, size]."""
-    signs = torch.sign(rotation_matrix(order))
-    signs = torch.nn.functional.pad(signs, (0, size - order, 0, size - order)).to(torch.bfloat16)
-    if device.type != "cuda":
-        return signs.to(device)
-    # It outlives the call: a CUDA graph that warms up takes all memory of this thread, so another one makes it.
-    with ThreadPoolExecutor(1) as other:
-        return other.submit(signs.to, device).result()'''

@@ -96,17 +96,19 @@ def test_rows_that_no_program_holds(text: str, shape: tuple[int, int], monkeypat
 
 
 @pytest.mark.parametrize(
-    ("text", "shape"),
+    ("text", "shape", "room"),
     [
-        (BF16 + "int8:tensor|1|0:h576drawn", (560, 20)),
-        ("cast x0:f32 = x0 as f32 -> int8:tensor|1|1:h448drawn'", (20, 440)),
+        (BF16 + "int8:tensor|1|0:h576drawn", (560, 20), 256),
+        ("cast x0:f32 = x0 as f32 -> int8:tensor|1|1:h448drawn'", (20, 440), 256),
         # The first pass finds the amax of the matrix as it is in the parts that it reads.
-        (BF16 + "int8:tensor|1', int8:tensor|1|0:h576", (570, 24)),
-        (BF16 + "int8:tensor|1|0:h40|1:h448fixed", (40, 448)),
+        (BF16 + "int8:tensor|1', int8:tensor|1|0:h576", (570, 24), 256),
+        (BF16 + "int8:tensor|1|0:h40|1:h448fixed", (40, 448), 256),
+        # With room for them a program keeps the parts.
+        (BF16 + "int8:tensor|1', int8:tensor|1|0:h576fixed", (570, 24), 1 << 14),
     ],
 )
-def test_a_factors_matrix_read_in_parts(text: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Target, "room", lambda *_: 256)
+def test_a_factors_matrix_read_in_parts(text: str, shape: tuple[int, int], room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Target, "room", lambda *_: room)
     monkeypatch.setattr(in_memory, "_WHOLE", 16)
     monkeypatch.setattr(in_memory, "_PART", 16)
     for symbolic in (False, True):
