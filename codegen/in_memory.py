@@ -94,6 +94,15 @@ class _Step:
         return self.axis == 0 or min(each.stride for each in self.factors) > 1
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Elements of a tile whose rows lie apart. lines: say where they lie; load: reads them; place: theirs in their block."""
+
+    lines: tuple[str, ...]
+    load: str
+    place: str
+
+
 def _steps(axis: int, rotation: Rotation | None, room: int, inverse: bool = False) -> list[_Step]:
     """The passes of a rotation: along a row, one for all factors of the `room` elements that a program can hold."""
     if rotation is None:
@@ -284,19 +293,20 @@ class Turner:
         inside += [] if cols.divides(width) else [f"(col < {cols.text})"]
         short = not self.back and extents[0] != written[0]
         reads = [*inside, *([f"(row < {extents[0].text})"] if short else [])]
-        offset = f"{'row.to(tl.int64)' if self.fragments.wide else 'row'} * {cols.text} + col"
+        across = f"{'.to(tl.int64)' if self.fragments.wide else ''} * {cols.text} + col"
         body.add(f"col = col0 + tl.arange(0, {width})[None, :]")
-        load = f"x = tl.load({body.take(source)} + {offset}{_mask(reads, ', other=0.0')})"
-        among = f"place % {step.rotation.block}"
 
-        def places(index: str) -> tuple[str, ...]:
-            return f"place = row0 + {index}" + (f" * {stride}" if stride > 1 else ""), "row = place[:, None]"
+        def part(index: str, mark: str) -> _Part:
+            place, row = f"place{mark}", f"row{mark}"
+            lines = f"{place} = row0 + {index}" + (f" * {stride}" if stride > 1 else ""), f"{row} = {place}[:, None]"
+            inside = _mask(reads, ", other=0.0").replace("(row ", f"({row} ")
+            return _Part(lines, f"x = tl.load({body.take(source)} + {row}{across}{inside})", f"{place} % {step.rotation.block}")
 
-        self._turn_apart(step, made, places, load, (among, "[:, None]"))
+        self._turn_apart(step, made, part, "[:, None]")
         if self.back and extents[0] != written[0]:
             inside.append(f"(row < {written[0].text})")
         made.inside = " & ".join(inside)
-        body.add(f"tl.store({body.take(target)} + {offset}, x{_mask(inside)})")
+        body.add(f"tl.store({body.take(target)} + row{across}, x{_mask(inside)})")
         self._finish(made, f"{tiles.host} * {lines.host}", 8)
 
     def _along_row(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
@@ -314,51 +324,55 @@ class Turner:
         tiles = self._walk(made, "row0", extents[0], 1, others, (height, width), 3 if self._keeps(factor) else 1)
         head.add(f"part = program % {others.text}")
 
-        def places(index: str) -> tuple[str, ...]:
-            within = f"part % {parts} * {width} + tl.arange(0, {width})"
-            return (
-                f"place = {index}[:, None] * {stride} + ({within})[None, :]",
-                f"col = part // {parts} * {size * stride} + place",
-            )
-
         row = "row.to(tl.int64)" if self.fragments.wide else "row"
         body.add("row = row0 + tl.arange(0, 1)[:, None]")
         inside = [f"(place < {size * stride})"] if size != height else []
         ragged = [f"(col < {(written if self.back else extents)[1].text})"] if extents[1] != written[1] else []
         reads, stores = ([*inside, *each] for each in (([], ragged) if self.back else (ragged, [])))
-        load = f"x = tl.load({body.take(source)} + {row} * {extents[1].text} + col{_mask(reads, ', other=0.0')})"
-        self._turn_apart(step, made, places, load, ("place", ""))
+        across = f"(part % {parts} * {width} + tl.arange(0, {width}))" if parts > 1 else f"tl.arange(0, {width})"
+        block = f"part // {parts}" if parts > 1 else "part"
+
+        def part(index: str, mark: str) -> _Part:
+            place, col = f"place{mark}", f"col{mark}"
+            inside = _mask(reads, ", other=0.0").replace("(col ", f"({col} ").replace("(place ", f"({place} ")
+            return _Part(
+                (f"{place} = {index}[:, None] * {stride} + {across}[None, :]", f"{col} = {block} * {size * stride} + {place}"),
+                f"x = tl.load({body.take(source)} + {row} * {extents[1].text} + {col}{inside})",
+                place,
+            )
+
+        self._turn_apart(step, made, part, "")
         made.inside = " & ".join(stores)
         body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + col, x{_mask(stores)})")
         self._finish(made, f"{tiles.host} * {others.host}", 8)
 
-    def _turn_apart(
-        self, step: _Step, made: Pass, places: Callable[[str], tuple[str, ...]], load: str, signed: tuple[str, str]
-    ) -> None:
-        """Adds the product of the one factor with a tile, whose rows lie apart. places: lines that say where, of an index of
-        rows; load: of what is there; signed: where it lies in its block, and how signs lie beside the tile."""
+    def _turn_apart(self, step: _Step, made: Pass, part: Callable[[str, str], _Part], index: str) -> None:
+        """Adds the product of the one factor with a tile, whose rows lie apart. part: of an index of them, and of what its
+        names end in; index: how signs lie beside the tile."""
         (factor,), head, body = step.factors, made.function, made.body
-        order = f"tl.arange(0, {factor.padded})"
+        whole = part(f"tl.arange(0, {factor.padded})", "")
         if factor.padded <= _WHOLE:
-            head.add(*places(order))
-            body.add(load)
+            head.add(*whole.lines)
+            body.add(whole.load)
             made.reads, made.part = [len(body.lines)], made.shape
-            self._sign(step, "before", *signed, head, body)
+            self._sign(step, "before", whole.place, index, head, body)
             self._multiply(factor, made, left=True)
-            self._sign(step, "after", *signed, head, body)
-            return
-        # A program holds its matrix in parts without most of the padding, or reads them again for each tile.
-        product, made.part = product_fragment(self.dtype, self.fragments, True), (_PART, made.shape[1])
-        for number, start in enumerate(range(0, factor.order, _PART)):
-            (head if self._keeps(factor) else body).add(
-                f"by_{start} = {self.bases.part(factor, (start, _PART), self.back, head)}"
-            )
-            body.add(*places(f"({start} + tl.arange(0, {_PART}))"), load)
-            made.reads.append(len(body.lines))
-            self._sign(step, "before", *signed, body, body)
-            body.add(f"y {'+=' if number else '='} {product}(x, by_{start})")
-        body.add(*places(order), f"x = {self.fragments.rounded(f'(y * {factor.scale!r})', self.dtype)}")
-        self._sign(step, "after", *signed, body, body)
+        else:
+            # A program holds its matrix in parts without most of the padding, or reads them again for each tile.
+            product, made.part = product_fragment(self.dtype, self.fragments, True), (_PART, made.shape[1])
+            for start in range(0, factor.order, _PART):
+                mark, order = f"_{start}", f"tl.arange(0, {_PART})"
+                each = part(f"({start} + {order})" if start else order, mark)
+                head.add(*each.lines)
+                matrix = self.bases.part(factor, (start, _PART), self.back, head)
+                (head if self._keeps(factor) else body).add(f"by{mark} = {matrix}")
+                body.add(each.load)
+                made.reads.append(len(body.lines))
+                self._sign(step, "before", each.place, index, head, body, mark)
+                body.add(f"y {'+=' if start else '='} {product}(x, by{mark})")
+            head.add(*whole.lines)
+            body.add(f"x = {self.fragments.rounded(f'(y * {factor.scale!r})', self.dtype)}")
+        self._sign(step, "after", whole.place, index, head, body)
 
     def _keeps(self, factor: Factor) -> bool:
         """True where a program keeps the factor's matrix: small ones, others in shared memory from which products read."""
@@ -422,15 +436,15 @@ class Turner:
         origin.function.take(*self.sizes)
         body.add(f"x = {origin.function.name}({', '.join(['row0', 'col0', *names, *self.sizes])})")
 
-    def _sign(self, step: _Step, when: str, place: str, index: str, head: Function, body: Function) -> None:
-        """Adds the product with signs, where they are due. place: in a block; index: how signs lie beside the tile. head: where
-        the place is known."""
+    def _sign(self, step: _Step, when: str, place: str, index: str, head: Function, body: Function, mark: str = "") -> None:
+        """Adds the product with signs, where they are due. place: in a block; index: how signs lie beside the tile; mark: what
+        their name ends in. head: where the place is known."""
         due = (when == "after" and step.last) if self.back else (when == "before" and step.first)
         if not due or step.rotation.signs is Signs.NONE:
             return
         signs = signs_at(self.fragments, step.rotation, "seed", f"spin_{step.axis}_{self.index}", place)
-        head.add(f"signs = {signs}")
-        body.add(f"x = {self.fragments.rounded(f'(x.to(tl.float32) * signs{index})', self.dtype)}")
+        head.add(f"signs{mark} = {signs}")
+        body.add(f"x = {self.fragments.rounded(f'(x.to(tl.float32) * signs{mark}{index})', self.dtype)}")
 
     def _multiply(self, factor: Factor, made: Pass, left: bool) -> None:
         """Adds the product of `x` with a factor and its rounding."""
