@@ -201,12 +201,17 @@ class Turner:
         height = max(_ROW_TILE // width, 1)
         made, head, body = self._start(f"rows_{self.index}", step)
         blocks = (extents if self.back else written)[1].blocks(block)
-        # A row by itself is read as the first product takes it, which then finds it in shared memory as it was loaded.
+        # A row by itself is read as products take it, and the first finds it in shared memory as it was loaded.
         alone = height == 1 and len(step.factors) > 1
-        front = step.factors[0].padded if alone else height
+        front = max(step.factors, key=lambda each: each.stride).padded if alone else height
         shape = front, height * width // front
         held = height * width
-        tiles = self._walk(made, "row0", extents[0], height, blocks, shape, self._ahead(held, load is not None))
+        # Four warps multiply 64 rows; FP32 numbers leave them no registers.
+        warps = 4 * max(front // 64, 1) if self.dtype.itemsize == 2 else 8
+        # Two programs beside each other hide what a prologue loads better, unless operands lie in registers and leave no room.
+        beside = load is not None and held == _COLUMN_TILE
+        ahead = 3 if not beside else 1 if self.room > held else 2
+        tiles = self._walk(made, "row0", extents[0], height, blocks, shape, ahead)
         head.add(f"col0 = program % {blocks.text} * {block}")
         if alone:
             head.add(f"col = tl.arange(0, {front})[:, None] * {shape[1]} + tl.arange(0, {shape[1]})[None, :]")
@@ -234,7 +239,7 @@ class Turner:
             beyond.append(f"(col0 + col < {written[1].text})")
         made.inside = " & ".join(beyond)
         body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + (col0 + col), x{_mask(beyond)})")
-        self._finish(made, f"{tiles.host} * {blocks.host}", self._warps(held))
+        self._finish(made, f"{tiles.host} * {blocks.host}", warps)
 
     def _multiply_rows(self, split: tuple[Factor, ...], height: int, shape: tuple[int, int], made: Pass) -> None:
         """Adds products with all factors: the innermost from the right, others from the left. shape: of x, before and after."""
@@ -264,16 +269,6 @@ class Turner:
                 made.body.add("x = tl.permute(x, (1, 0, 2))")
                 lies = front, size, behind
         reshape(*shape)
-
-    def _ahead(self, held: int, computed: bool) -> int:
-        """Loads ahead of rows of which a program holds so many elements; computed: by a prologue. As an H200 was fastest."""
-        # Two programs beside each other hide such loads better, unless operands lie in registers and leave no room for another.
-        beside = (computed or self.back) and held == _COLUMN_TILE
-        return 3 if not beside else 1 if self.room > held else 2
-
-    def _warps(self, held: int) -> int:
-        held *= self.dtype.itemsize
-        return 16 if held > 1 << 15 else 8 if held > 1 << 13 else 4
 
     # ---- along columns -------------------------------------------------------------------------------------------
 
