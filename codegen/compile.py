@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lpcompile.codegen import module
-from lpcompile.codegen.source import Argument, Entry, Source
+from lpcompile.codegen.function import numbers_a_draw
+from lpcompile.codegen.source import Entry, Source
 from lpcompile.errors import KernelError
 from lpcompile.target import Target
 
@@ -107,9 +108,16 @@ def compile_entry(source: Source, entry: Entry, target: Target, contract: bool =
         fn=fn,
         signature={each.name: _layout(each.type) if entry.gluon else each.type for each in entry.arguments},
         constexprs=constants,
-        attrs={(index,): [["tt.divisibility", 16]] for index, each in enumerate(entry.arguments) if _divisible(each)},
+        # As a launch finds them, so that it finds in Triton's cache what is compiled here.
+        attrs={
+            (index,): [["tt.divisibility", 16]] if each.divisible else []
+            for index, each in enumerate(entry.arguments)
+            if re.fullmatch(r"\*.*|[iu]\d+", each.type) and not numbers_a_draw(each.name)
+        },
     )
-    options: dict[str, Any] = {"num_warps": entry.warps, "num_stages": entry.stages, "enable_fp_fusion": contract}
+    options: dict[str, Any] = {"num_warps": entry.warps, "enable_fp_fusion": contract}
+    if not entry.gluon:
+        options["num_stages"] = entry.stages
     if entry.registers:
         options["maxnreg"] = entry.registers
     try:
@@ -140,10 +148,6 @@ def _layout(kind: str) -> str:
     else:
         layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=bits, rank=2)
     return f"{kind.rpartition(',')[0]},{layout!r}>"
-
-
-def _divisible(argument: Argument) -> bool:
-    return argument.divisible and (argument.type.startswith("*") or re.fullmatch(r"[iu]\d+", argument.type) is not None)
 
 
 _PRODUCTS = r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+"

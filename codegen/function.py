@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 assert __name__ == "lpcompile.codegen.function", "import it as lpcompile.codegen, not as codegen"
+
+
+def numbers_a_draw(name: str) -> bool:
+    """True for an argument of a kernel that says which draw it is: any number, of which nothing is to be known."""
+    return re.fullmatch(r"use_\d+|spin(_\d_)?\d+", name) is not None
+
+
+def jit(arguments: Iterable[str]) -> str:
+    """The decorator of a kernel. Triton would compile it again for draws 1 and for multiples of 16."""
+    draws = list(filter(numbers_a_draw, arguments))
+    return f"@triton.jit(do_not_specialize={draws})" if draws else "@triton.jit"
 
 
 @dataclass
@@ -29,4 +42,4 @@ class Function:
     def text(self) -> str:
         body = "\n".join(f"    {line}" for line in self.lines)
         parameters = ", ".join([*self.leading, *self.arguments])
-        return f'@triton.jit\ndef {self.name}({parameters}):\n    """{self.doc}"""\n{body}'
+        return f'{jit(self.arguments)}\ndef {self.name}({parameters}):\n    """{self.doc}"""\n{body}'

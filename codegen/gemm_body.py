@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from lpcompile.codegen import gemm_after
+from lpcompile.codegen.function import jit
 from lpcompile.codegen.gemm_plan import Instruction, Operand, Plan
 
 assert __name__ == "lpcompile.codegen.gemm_body", "import it as lpcompile.codegen, not as codegen"
@@ -366,7 +367,7 @@ def gemm(plan: Plan) -> Lines:
         body = [f"for tile in tl.range(tl.program_id(0), {tiles}, PROGRAMS, flatten=True):", *indented(lines)]
     else:
         body = ["tile = tl.program_id(0)", *lines]
-    return ["", "@triton.jit", f"def gemm({', '.join(arguments)}):", *indented(body), ""]
+    return ["", jit(arguments), f"def gemm({', '.join(arguments)}):", *indented(body), ""]
 
 
 def added(plan: Plan, count: int) -> Lines:
@@ -383,4 +384,4 @@ def added(plan: Plan, count: int) -> Lines:
         *(many if count > 1 else [f"acc = {load}"]),
         *finish(plan),
     ]
-    return ["", "@triton.jit", f"def added({', '.join(added_arguments(plan))}):", *indented(lines), ""]
+    return ["", jit(added_arguments(plan)), f"def added({', '.join(added_arguments(plan))}):", *indented(lines), ""]

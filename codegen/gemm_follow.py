@@ -6,6 +6,7 @@ import torch
 
 from lpcompile.codegen import gemm_after as after
 from lpcompile.codegen import gemm_turn
+from lpcompile.codegen.function import jit
 from lpcompile.codegen.gemm_plan import Plan, turns_in_tile
 from lpcompile.codegen.source import POINTERS, Argument, Entry
 from lpcompile.kernel import GemmKernel
@@ -56,7 +57,7 @@ def _follow(plan: Plan) -> Lines:
         f"tl.store(out + rows[:, None].to(tl.int64) * {width} + cols[None, :], result, mask=inside)",
     ]
     return [
-        "@triton.jit",
+        jit(_arguments(plan)),
         f"def follow({', '.join(_arguments(plan))}):",
         '    """What follows the product, on one tile of it."""',
         *(f"    {line}" for line in lines),

@@ -120,7 +120,7 @@ def entries(plan: Plan) -> list[Entry]:
             return Argument(name, "i32", 1, False)
         return Argument(name, {"seed": "*i64"}.get(name, "*bf16" if name.startswith("base_") else POINTERS[turner.dtype]))
 
-    found = [Entry(each.function.name, tuple(map(argument, each.function.arguments)), each.warps, 1) for each in turner.passes]
+    found = [Entry(each.function.name, tuple(map(argument, each.function.arguments)), each.warps, 3) for each in turner.passes]
     if plan.kernel.then is not None:
         inputs = [Argument(f"x{i}", POINTERS[each.dtype]) for i, each in enumerate(plan.kernel.then.inputs, 1)]
         sizes = [Argument("out", POINTERS[plan.kernel.result]), Argument("R", "i32", 4096), Argument("C", "i32", 4096)]

@@ -111,7 +111,7 @@ class Entry:
     name: str
     arguments: tuple[Argument, ...]
     warps: int = 4
-    stages: int = 2
+    stages: int = 2  # Gluon's have none
     gluon: bool = False
     registers: int = 0  # at most, where the schedule says so
 
