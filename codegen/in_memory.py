@@ -284,24 +284,25 @@ class Turner:
             f"line = program % {lines.text}",
             f"row0 = line // {stride} * {size * stride} + line % {stride}" if stride > 1 else f"row0 = line * {size}",
         )
-        inside = [f"(row < row0 + {size * stride})"] if size != height else []
-        inside += [] if cols.divides(width) else [f"(col < {cols.text})"]
-        short = not self.back and extents[0] != written[0]
-        reads = [*inside, *([f"(row < {extents[0].text})"] if short else [])]
+        columns = [] if cols.divides(width) else [f"(col < {cols.text})"]
+
+        def inside(row: str, crop: Extents | None) -> list[str]:
+            padding = [f"({row} < row0 + {size * stride})"] if size != height else []
+            return [*padding, *columns, *([f"({row} < {crop[0].text})"] if crop and extents[0] != written[0] else [])]
+
         across = f"{'.to(tl.int64)' if self.fragments.wide else ''} * {cols.text} + col"
         body.add(f"col = col0 + tl.arange(0, {width})[None, :]")
 
         def part(index: str, mark: str) -> _Part:
             place, row = f"place{mark}", f"row{mark}"
             lines = f"{place} = row0 + {index}" + (f" * {stride}" if stride > 1 else ""), f"{row} = {place}[:, None]"
-            inside = _mask(reads, ", other=0.0").replace("(row ", f"({row} ")
-            return _Part(lines, f"x = tl.load({body.take(source)} + {row}{across}{inside})", f"{place} % {step.rotation.block}")
+            mask = _mask(inside(row, None if self.back else extents), ", other=0.0")
+            return _Part(lines, f"x = tl.load({body.take(source)} + {row}{across}{mask})", f"{place} % {step.rotation.block}")
 
         self._turn_apart(step, made, part, "[:, None]")
-        if self.back and extents[0] != written[0]:
-            inside.append(f"(row < {written[0].text})")
-        made.inside = " & ".join(inside)
-        body.add(f"tl.store({body.take(target)} + row{across}, x{_mask(inside)})")
+        stores = inside("row", written if self.back else None)
+        made.inside = " & ".join(stores)
+        body.add(f"tl.store({body.take(target)} + row{across}, x{_mask(stores)})")
         self._finish(made, f"{tiles.host} * {lines.host}", 8)
 
     def _along_row(self, step: _Step, source: str, extents: Extents, written: Extents, target: str) -> None:
@@ -321,22 +322,25 @@ class Turner:
 
         row = "row.to(tl.int64)" if self.fragments.wide else "row"
         body.add("row = row0 + tl.arange(0, 1)[:, None]")
-        inside = [f"(place < {size * stride})"] if size != height else []
-        ragged = [f"(col < {(written if self.back else extents)[1].text})"] if extents[1] != written[1] else []
-        reads, stores = ([*inside, *each] for each in (([], ragged) if self.back else (ragged, [])))
+
+        def inside(place: str, col: str, crop: Extents | None) -> list[str]:
+            padding = [f"({place} < {size * stride})"] if size != height else []
+            return [*padding, *([f"({col} < {crop[1].text})"] if crop and extents[1] != written[1] else [])]
+
         across = f"(part % {parts} * {width} + tl.arange(0, {width}))" if parts > 1 else f"tl.arange(0, {width})"
         block = f"part // {parts}" if parts > 1 else "part"
 
         def part(index: str, mark: str) -> _Part:
             place, col = f"place{mark}", f"col{mark}"
-            inside = _mask(reads, ", other=0.0").replace("(col ", f"({col} ").replace("(place ", f"({place} ")
+            mask = _mask(inside(place, col, None if self.back else extents), ", other=0.0")
             return _Part(
                 (f"{place} = {index}[:, None] * {stride} + {across}[None, :]", f"{col} = {block} * {size * stride} + {place}"),
-                f"x = tl.load({body.take(source)} + {row} * {extents[1].text} + {col}{inside})",
+                f"x = tl.load({body.take(source)} + {row} * {extents[1].text} + {col}{mask})",
                 place,
             )
 
         self._turn_apart(step, made, part, "")
+        stores = inside("place", "col", written if self.back else None)
         made.inside = " & ".join(stores)
         body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + col, x{_mask(stores)})")
         self._finish(made, f"{tiles.host} * {others.host}", 8)
