@@ -17,6 +17,7 @@ import torch
 
 from lpcompile import hadamard
 from lpcompile.codegen.bases import Bases
+from lpcompile.codegen.compile import SHARED_LIMIT
 from lpcompile.codegen.extents import Extent
 from lpcompile.codegen.fragments import Fragments
 from lpcompile.codegen.function import Function
@@ -35,6 +36,7 @@ _ROW_TILE = 4096  # elements that one program turns at least
 _COLUMN_TILE = 8192
 _WHOLE = 128  # the largest matrix that a product takes at once
 _PART = 64  # rows of a larger one that it takes at a time
+_MATRICES = 1 << 15  # bytes of the factors' matrices that a program holds at most
 _PROGRAMS = 2000  # that keep a large device busy
 
 Extents = tuple[Extent, Extent]
@@ -208,10 +210,9 @@ class Turner:
         held = height * width
         # Four warps multiply 64 rows; FP32 numbers leave them no registers.
         warps = 4 * max(front // 64, 1) if self.dtype.itemsize == 2 else 8
-        # Two programs beside each other hide what a prologue loads better, unless operands lie in registers and leave no room.
-        beside = load is not None and held == _COLUMN_TILE
-        ahead = 3 if not beside else 1 if self.room > held else 2
-        tiles = self._walk(made, "row0", extents[0], height, blocks, shape, ahead)
+        reach = extents[0], extents[1].overrun(width != block or not extents[1].divides(block))
+        origin = load(f"load_rows_{self.index}", (height, width), reach) if load is not None else None
+        tiles = self._walk(made, "row0", extents[0], height, blocks, shape, self._ahead(held, origin))
         head.add(f"col0 = program % {blocks.text} * {block}")
         if alone:
             head.add(f"col = tl.arange(0, {front})[:, None] * {shape[1]} + tl.arange(0, {shape[1]})[None, :]")
@@ -222,9 +223,8 @@ class Turner:
         beyond += [f"(col < {block})"] if width != block else []
         row = "row.to(tl.int64)" if self.fragments.wide else "row"
         body.add(f"row = row0 + tl.arange(0, {height})[:, None]")
-        if load is not None:
-            reach = extents[0], extents[1].overrun(width != block or not extents[1].divides(block))
-            self._load(load(f"load_rows_{self.index}", (height, width), reach), body)
+        if origin is not None:
+            self._load(origin, body)
             body.add(*([f"x = tl.reshape(x, {shape})"] if alone else []))
             body.add(*([f"x = tl.where(col < {block}, x, 0.0)"] if width != block else []))
         else:
@@ -240,6 +240,18 @@ class Turner:
         made.inside = " & ".join(beyond)
         body.add(f"tl.store({body.take(target)} + {row} * {written[1].text} + (col0 + col), x{_mask(beyond)})")
         self._finish(made, f"{tiles.host} * {blocks.host}", warps)
+
+    def _ahead(self, held: int, origin: Origin | None) -> int:
+        """Rows of `held` elements that a program has on their way. origin: what computes them, where something does."""
+        if origin is None:
+            return 3
+        # All that a row is made of lies in shared memory so often, beside the factors' matrices.
+        wide = sum(origin.tensors[0].shape[-1] in each.shape for each in origin.tensors)
+        limit = SHARED_LIMIT.get(self.fragments.target.name, min(SHARED_LIMIT.values()))
+        most = max((limit - _MATRICES) // (2 * wide * held), 1)
+        # Two programs beside each other hide their loads better, unless operands lie in registers and leave no room.
+        beside = held == _COLUMN_TILE
+        return min(3 if not beside else 1 if self.room > held else 2, most)
 
     def _multiply_rows(self, split: tuple[Factor, ...], height: int, shape: tuple[int, int], made: Pass) -> None:
         """Adds products with all factors: the innermost from the right, others from the left. shape: of x, before and after."""
@@ -374,8 +386,10 @@ class Turner:
         self._sign(step, "after", whole.place, index, head, body)
 
     def _keeps(self, factor: Factor) -> bool:
-        """True where a program keeps the factor's matrix: small ones, others in shared memory from which products read."""
-        return factor.padded <= _WHOLE or (self.dtype.itemsize == 2 and self.room > _COLUMN_TILE)
+        """True where a program keeps the factor's matrix: small ones, up to three parts in shared memory from which products
+        read."""
+        roomy = self.dtype.itemsize == 2 and self.room > _COLUMN_TILE
+        return factor.padded <= _WHOLE or (roomy and factor.order <= 3 * _PART)
 
     def _width(self, factor: Factor) -> int:
         """Columns of a tile that is multiplied from the left. FP32 numbers are three of 16 bits to a product."""

@@ -81,23 +81,32 @@ def test_a_prologue_leaves_room_for_two_peaks(prologue: str, target: str):
     assert [compile_entry(made, entry, found).spills for entry in made.entries] == [0, 0]
 
 
+PLAIN = "x0:bf16 = x0"
+NORM = "x0:bf16 x1:bf16[c] x2:bf16[c] x3:f32[r] x4:f32[r] = bf16(add(mul(mul(sub(x0, x3), x4), x1), x2))"
+
+
 @pytest.mark.parametrize(
-    ("size", "target", "count"),
+    ("made", "turn", "sizes", "target", "count"),
     [
-        (11008, "sm_90", 2),
-        (11008, "sm_80", 2),
-        (14336, "sm_89", 2),
-        (14336, "sm_90", 1),
-        (28672, "sm_80", 2),
-        (53248, "sm_100", 2),
+        (PLAIN, "1:h11008drawn", (8192, 11008), "sm_90", 2),
+        (PLAIN, "1:h14336drawn", (8192, 14336), "sm_89", 2),
+        (PLAIN, "1:h14336drawn", (8192, 14336), "sm_90", 1),
+        (PLAIN, "1:h28672drawn", (8192, 28672), "sm_80", 2),
+        (PLAIN, "1:h53248drawn", (8192, 53248), "sm_100", 2),
+        # A matrix of four parts is read for each tile.
+        (PLAIN, "0:h224", (14336, 4096), "sm_90", 1),
+        # Three tensors as wide as the row: fewer of them are on their way.
+        (NORM, "1:h14336", (8192, 14336), "sm_90", 1),
     ],
 )
-def test_a_long_row_is_turned_within_registers_and_shared_memory(size: int, target: str, count: int):
+def test_what_is_turned_in_memory_fits_into_registers_and_shared_memory(
+    made: str, turn: str, sizes: tuple[int, int], target: str, count: int
+):
     """One program for the whole row spills, or asks for more shared memory than there is, unless operands lie there."""
-    found, sizes = find_target(target), Sizes.of(8192, size)
-    kernel = parse(f"cast x0:bf16 = x0 as bf16 -> int8:tensor|1|1:h{size}drawn")
-    made = emit(kernel, sizes, found, schedules(kernel, sizes, found)[0])
-    passes = [compile_entry(made, entry, found) for entry in made.entries if entry.name.startswith("turn_")]
+    found, known = find_target(target), Sizes.of(*sizes)
+    kernel = parse(f"cast {made} as bf16 -> int8:tensor|1|{turn}")
+    source = emit(kernel, known, found, schedules(kernel, known, found)[0])
+    passes = [compile_entry(source, entry, found) for entry in source.entries if entry.name.startswith("turn_")]
     assert [(each.spills, each.fits) for each in passes] == [(0, True)] * count
 
 
